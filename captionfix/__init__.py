@@ -1,0 +1,1 @@
+"""captionfix shows where each word of an image caption comes from."""
