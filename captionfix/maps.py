@@ -1,0 +1,255 @@
+"""From fixations to maps and boxes (METHOD: fixations, heatmap, specific map, box). numpy alone.
+
+Coordinates are those of the original image, x before y, continuous: the image spans 0..width and 0..height, so the centre of its first
+pixel is (0.5, 0.5). Maps are computed on the grid of the CNN's input, where fixations lie, and only the finished map is resized to the
+original: a photograph of 12 million pixels costs little more than a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Box = tuple[float, float, float, float]
+
+SIGMA = 12 / 224
+"""Standard deviation of the heatmap's Gaussian, as a fraction of the CNN's input (each side by itself)."""
+NEIGHBOURHOOD = 0.10
+"""Radius, as a fraction of the original's diagonal, in which a fixation needs company (the paper's value)."""
+COMPANY = 0.05
+"""Part of a word's mass that has to lie in that neighbourhood (the paper's value)."""
+
+
+def histogram(points: NDArray[np.floating], window: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """Mass of the fixations on the grid of the CNN's input.
+
+    Args:
+        points: (n, 3): x, y in original pixels, mass.
+        window: x0, y0, x1, y1: the part of the original that the input shows.
+        grid: Width and height of the input.
+
+    Returns:
+        (grid height, grid width). Points outside the window are left out.
+    """
+    columns, rows, inside = _cells(points, window, grid)
+    result = np.zeros((grid[1], grid[0]))
+    np.add.at(result, (rows[inside], columns[inside]), points[inside, 2].astype(np.float64))
+    return result
+
+
+def keep(points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which fixations are no outliers.
+
+    The paper (its section on localisation) drops a fixation with fewer than 5 % of the others within a tenth of the image's diagonal.
+    Here fixations have mass, so it is counted by mass: a fixation stays if at least 5 % of the word's mass, its own included, lies within
+    a tenth of the diagonal. If none would stay, all do.
+
+    Args:
+        points: (n, 3): x, y in original pixels, mass.
+        size: Width and height of the original.
+        window: The part of the original that the CNN's input shows.
+        grid: Width and height of the input. Fixations are taken to be at the centres of its pixels.
+
+    Returns:
+        (n,) true where the fixation stays.
+    """
+    mass = histogram(points, window, grid)
+    total = mass.sum()
+    if total <= 0:
+        return np.ones(len(points), dtype=bool)
+    radius = NEIGHBOURHOOD * float(np.hypot(*size))
+    width, height = grid
+    dx = np.arange(1 - width, width) * (window[2] - window[0]) / width
+    dy = np.arange(1 - height, height) * (window[3] - window[1]) / height
+    disc = dx[None, :] ** 2 + dy[:, None] ** 2 <= radius**2 + 1e-9
+    shape = (3 * height - 2, 3 * width - 2)  # large enough that nothing wraps around
+    spectrum = np.fft.rfft2(mass, shape) * np.fft.rfft2(disc.astype(np.float64), shape)
+    near = np.fft.irfft2(spectrum, shape)[height - 1 : 2 * height - 1, width - 1 : 2 * width - 1]
+    columns, rows, inside = _cells(points, window, grid)
+    kept = np.zeros(len(points), dtype=bool)
+    kept[inside] = near[rows[inside], columns[inside]] >= (COMPANY - 1e-9) * total
+    return kept if points[kept, 2].sum() > 0 else np.ones(len(points), dtype=bool)
+
+
+def density(
+    points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int], sigma: float | None = None
+) -> Floats:
+    """A word's smooth map: its fixations without outliers, under a Gaussian.
+
+    Args:
+        points: (n, 3): x, y in original pixels, mass.
+        size: Width and height of the original.
+        window: The part of the original that the CNN's input shows.
+        grid: Width and height of the input.
+        sigma: The Gaussian's standard deviation as a fraction of the input's width and height; None for ``SIGMA``. 0 for none.
+
+    Returns:
+        (grid height, grid width), sum 1 (all 0 without fixations). The Gaussian is reflected at the edges, so that no mass is lost.
+    """
+    mass = histogram(points[keep(points, size, window, grid)], window, grid)
+    total = mass.sum()
+    if total <= 0:
+        return np.zeros((grid[1], grid[0]), dtype=np.float32)
+    spread = SIGMA if sigma is None else sigma
+    smooth = _gaussian(grid[1], spread * grid[1]) @ (mass / total) @ _gaussian(grid[0], spread * grid[0]).T
+    return smooth.astype(np.float32)
+
+
+def specific(maps: NDArray[np.floating]) -> Floats:
+    """What each word's map has more than the caption's words have on average.
+
+    A word's normalised map minus the mean over those words that have a map, negative parts cut to 0. With fewer than two such words
+    there is nothing to compare with, and the maps stay as they are.
+
+    Args:
+        maps: (words, height, width), each with sum 1 or all 0.
+
+    Returns:
+        (words, height, width), not normalised: a word that shares its evidence with all others keeps little.
+    """
+    present = maps.sum(axis=(1, 2)) > 0
+    if present.sum() < 2:
+        return maps.astype(np.float32)
+    excess = np.maximum(maps - maps[present].mean(axis=0), 0)
+    excess[~present] = 0
+    return excess.astype(np.float32)
+
+
+def resize(grid_map: NDArray[np.floating], size: tuple[int, int], window: Box) -> Floats:
+    """A map on the grid of the CNN's input, bilinearly on the original's pixels.
+
+    Args:
+        grid_map: (grid height, grid width).
+        size: Width and height of the original.
+        window: The part of the original that the grid covers.
+
+    Returns:
+        (height, width), 0 outside the window.
+    """
+    height, width = grid_map.shape
+    across = _interpolation(size[0], width, window[0], window[2])
+    down = _interpolation(size[1], height, window[1], window[3])
+    return down @ grid_map.astype(np.float32) @ across.T
+
+
+def box(
+    points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int], share: float = 0.9
+) -> Box | None:
+    """The box around a word's fixations.
+
+    Outliers are dropped; then each axis by itself is cut to the central part that holds ``share`` of the mass. The box reaches to the
+    outer edges of the input's pixels that hold it, and not beyond the image.
+
+    Args:
+        points: (n, 3): x, y in original pixels, mass.
+        size: Width and height of the original.
+        window: The part of the original that the CNN's input shows.
+        grid: Width and height of the input.
+        share: Part of the mass to hold along each axis, 0 < share <= 1; with 1 all that are no outliers.
+
+    Returns:
+        x0, y0, x1, y1 in original pixels, or None without fixations.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, not above 0 and at most 1")
+    kept = points[keep(points, size, window, grid)]
+    kept = kept[kept[:, 2] > 0]
+    if len(kept) == 0:
+        return None
+    x0, x1 = _central(kept[:, 0], kept[:, 2], share, (window[2] - window[0]) / grid[0] / 2, size[0])
+    y0, y1 = _central(kept[:, 1], kept[:, 2], share, (window[3] - window[1]) / grid[1] / 2, size[1])
+    return x0, y0, x1, y1
+
+
+def weigh(points: NDArray[np.floating], own: NDArray[np.floating], whole: NDArray[np.floating], window: Box) -> Floats:
+    """Fixations whose mass is cut to the part of the map at their place that is the word's own.
+
+    Args:
+        points: (n, 3): x, y in original pixels, mass.
+        own: (grid height, grid width): the word's specific map.
+        whole: (grid height, grid width): the word's map that the specific one was made from.
+        window: The part of the original that the grid covers.
+
+    Returns:
+        (n, 3) with mass times own / whole. Unchanged where the word has nothing of its own at any fixation.
+    """
+    columns, rows, inside = _cells(points, window, (own.shape[1], own.shape[0]))
+    part = np.zeros(len(points), dtype=np.float32)
+    below = whole[rows[inside], columns[inside]]
+    part[inside] = own[rows[inside], columns[inside]] / np.where(below > 0, below, 1)
+    weighed = points.astype(np.float32)
+    weighed[:, 2] *= part
+    return weighed if weighed[:, 2].sum() > 0 else points.astype(np.float32)
+
+
+def peak(grid_map: NDArray[np.floating], window: Box) -> tuple[float, float] | None:
+    """x, y in original pixels of a map's maximum (the centre of that grid pixel), or None for a map of zeros."""
+    if not np.any(grid_map > 0):
+        return None
+    row, column = np.unravel_index(int(np.argmax(grid_map)), grid_map.shape)
+    height, width = grid_map.shape
+    return (
+        float(window[0] + (column + 0.5) * (window[2] - window[0]) / width),
+        float(window[1] + (row + 0.5) * (window[3] - window[1]) / height),
+    )
+
+
+def _cells(
+    points: NDArray[np.floating], window: Box, grid: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Grid column and row of each point, and whether it lies in the window."""
+    across = (points[:, 0].astype(np.float64) - window[0]) / (window[2] - window[0]) * grid[0]
+    down = (points[:, 1].astype(np.float64) - window[1]) / (window[3] - window[1]) * grid[1]
+    inside = (across > -0.5) & (across < grid[0] + 0.5) & (down > -0.5) & (down < grid[1] + 0.5)
+    columns = np.clip(np.floor(np.where(inside, across, 0)).astype(np.int64), 0, grid[0] - 1)
+    rows = np.clip(np.floor(np.where(inside, down, 0)).astype(np.int64), 0, grid[1] - 1)
+    return columns, rows, inside
+
+
+def _gaussian(length: int, sigma: float) -> NDArray[np.float64]:
+    """(length, length): a Gaussian blur along one axis as a matrix, reflected at both ends; rows and columns sum to 1."""
+    if sigma <= 0:
+        return np.eye(length)
+    reach = int(np.ceil(4 * sigma))
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= weights.sum()
+    source = (np.arange(length)[:, None] + offsets[None, :]) % (2 * length)
+    source = np.where(source < length, source, 2 * length - 1 - source)
+    matrix = np.zeros((length, length))
+    np.add.at(matrix, (np.arange(length)[:, None], source), weights[None, :])
+    return matrix
+
+
+def _interpolation(length: int, cells: int, low: float, high: float) -> Floats:
+    """(length, cells): bilinear weights of the grid's cells, which span low..high, at the centres of ``length`` pixels."""
+    centres = np.arange(length) + 0.5
+    at = (centres - low) / (high - low) * cells - 0.5
+    inside = (at >= -0.5) & (at <= cells - 0.5)
+    at = np.clip(at, 0, cells - 1)
+    left = np.minimum(np.floor(at).astype(np.int64), max(cells - 2, 0))
+    part = at - left
+    matrix = np.zeros((length, cells), dtype=np.float32)
+    rows = np.arange(length)
+    matrix[rows, left] = 1 - part
+    matrix[rows, np.minimum(left + 1, cells - 1)] += part
+    return matrix * inside[:, None].astype(np.float32)
+
+
+def _central(
+    values: NDArray[np.floating], mass: NDArray[np.floating], share: float, half: float, limit: int
+) -> tuple[float, float]:
+    order = np.argsort(values, kind="stable")
+    ordered = values[order].astype(np.float64)
+    rising = np.cumsum(mass[order].astype(np.float64))
+    tail = (1 - share) / 2 * rising[-1]
+    first = int(np.searchsorted(rising, tail, side="right"))
+    last = int(np.searchsorted(rising, rising[-1] - tail - 1e-12 * rising[-1], side="left"))
+    first, last = min(first, len(ordered) - 1), min(last, len(ordered) - 1)
+    return max(0.0, float(ordered[first]) - half), min(float(limit), float(ordered[last]) + half)
+
+
+__all__: Sequence[str] = ["COMPANY", "NEIGHBOURHOOD", "SIGMA", "box", "density", "histogram", "keep", "peak", "resize", "specific", "weigh"]
