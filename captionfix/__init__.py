@@ -1,6 +1,7 @@
 """captionfix: where each word of an image caption comes from.
 
-The public names below are resolved when first used, so that ``import captionfix`` and ``captionfix --help`` load no heavy library.
+The public names below are resolved when first used, so that ``import captionfix`` and ``captionfix --help`` load no
+heavy library.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 class _Package(ModuleType):
-    """Keeps ``captionfix.explain`` the function: importing the submodule of that name would put the module in its place."""
+    """Keeps ``captionfix.explain`` the function: importing the submodule of that name would put the module in its
+    place.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):

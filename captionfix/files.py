@@ -1,4 +1,6 @@
-"""Writing so that a reader never meets a half-written result: everything goes to a temporary name first and is then renamed."""
+"""Writing so that a reader never meets a half-written result: everything goes to a temporary name first and is then
+renamed.
+"""
 
 from __future__ import annotations
 

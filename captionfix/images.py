@@ -23,14 +23,16 @@ def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     """Reads a picture as a person sees it.
 
     Args:
-        source: A path; the bytes of an encoded file; a PIL image; a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16,
-            bool or float in 0..1; a torch tensor (C, H, W) or (H, W) of the same kinds, on any device.
-        max_pixels: Larger pictures are refused before they are decoded. Above Pillow's own limit (``PIL.Image.MAX_IMAGE_PIXELS``, about
-            179 million pixels with its margin) that one has to be raised too.
+        source: A path; the bytes of an encoded file; a PIL image; a numpy array (H, W), (H, W, 1), (H, W, 3) or (H,
+            W, 4), uint8, uint16, bool or float in 0..1; a torch tensor (C, H, W) or (H, W) of the same kinds, on any
+            device.
+        max_pixels: Larger pictures are refused before they are decoded. Above Pillow's own limit
+            (``PIL.Image.MAX_IMAGE_PIXELS``, about 179 million pixels with its margin) that one has to be raised too.
 
     Returns:
-        An RGB image, turned as its EXIF orientation says, first frame of an animation (a PIL image: the frame it shows), transparency laid over white, 16-bit values
-        scaled to 8, CMYK and palettes converted. Any size from 1 x 1 on.
+        An RGB image, turned as its EXIF orientation says, first frame of an animation (a PIL image: the frame it
+        shows), transparency laid over white, 16-bit values scaled to 8, CMYK and palettes converted. Any size from 1
+        x 1 on.
 
     Raises:
         ImageError: Missing, not an image, damaged, empty, or over the limit.
@@ -76,7 +78,9 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: too large ({error}); make it smaller than {max_pixels:,} pixels") from None
     except Exception as error:  # files come from strangers, and Pillow's readers raise many kinds
-        raise ImageError(f"{name}: not an image that can be read (JPEG, PNG, WebP, GIF, TIFF, BMP and others can)") from error
+        raise ImageError(
+            f"{name}: not an image that can be read (JPEG, PNG, WebP, GIF, TIFF, BMP and others can)"
+        ) from error
     return _normalise(image, name, max_pixels)
 
 
@@ -94,7 +98,9 @@ def _normalise(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageError(f"{name}: {width} x {height} is over the limit of {max_pixels:,} pixels; make it smaller first")
+        raise ImageError(
+            f"{name}: {width} x {height} is over the limit of {max_pixels:,} pixels; make it smaller first"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -138,7 +144,8 @@ def _from_array(array: np.ndarray, name: str, max_pixels: int) -> Image.Image:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
         raise ImageError(
-            f"{name}: shape {array.shape} is not (height, width) with none, 1, 3 or 4 channels (channels first for tensors)"
+            f"{name}: shape {array.shape} is not (height, width) with none, 1, 3 or 4 channels "
+            "(channels first for tensors)"
         )
     if array.size == 0:
         raise ImageError(f"{name}: has no pixels (shape {array.shape})")

@@ -1,13 +1,13 @@
 """From fixations to maps and boxes (METHOD: fixations, heatmap, specific map, box). numpy alone.
 
-Coordinates are those of the original image, x before y, continuous: the image spans 0..width and 0..height, so the centre of its first
-pixel is (0.5, 0.5). Maps are computed on the grid of the CNN's input, where fixations lie, and only the finished map is resized to the
+Coordinates are those of the original image, x before y, continuous: the image spans 0..width and 0..height, so the
+    centre of its first
+pixel is (0.5, 0.5). Maps are computed on the grid of the CNN's input, where fixations lie, and only the finished map
+is resized to the
 original: a photograph of 12 million pixels costs little more than a small one.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +43,9 @@ def histogram(points: NDArray[np.floating], window: Box, grid: tuple[int, int]) 
 def keep(points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int]) -> NDArray[np.bool_]:
     """Which fixations are no outliers.
 
-    The paper (its section on localisation) drops a fixation with fewer than 5 % of the others within a tenth of the image's diagonal.
-    Here fixations have mass, so it is counted by mass: a fixation stays if at least 5 % of the word's mass, its own included, lies within
-    a tenth of the diagonal. If none would stay, all do.
+    The paper (its section on localisation) drops a fixation with fewer than 5 % of the others within a tenth of the
+    image's diagonal. Here fixations have mass, so it is counted by mass: a fixation stays if at least 5 % of the
+    word's mass, its own included, lies within a tenth of the diagonal. If none would stay, all do.
 
     Args:
         points: (n, 3): x, y in original pixels, mass.
@@ -60,14 +60,7 @@ def keep(points: NDArray[np.floating], size: tuple[int, int], window: Box, grid:
     total = mass.sum()
     if total <= 0:
         return np.ones(len(points), dtype=bool)
-    radius = NEIGHBOURHOOD * float(np.hypot(*size))
-    width, height = grid
-    dx = np.arange(1 - width, width) * (window[2] - window[0]) / width
-    dy = np.arange(1 - height, height) * (window[3] - window[1]) / height
-    disc = dx[None, :] ** 2 + dy[:, None] ** 2 <= radius**2 + 1e-9
-    shape = (3 * height - 2, 3 * width - 2)  # large enough that nothing wraps around
-    spectrum = np.fft.rfft2(mass, shape) * np.fft.rfft2(disc.astype(np.float64), shape)
-    near = np.fft.irfft2(spectrum, shape)[height - 1 : 2 * height - 1, width - 1 : 2 * width - 1]
+    near = _neighbourhood(mass, NEIGHBOURHOOD * float(np.hypot(*size)), window)
     columns, rows, inside = _cells(points, window, grid)
     kept = np.zeros(len(points), dtype=bool)
     kept[inside] = near[rows[inside], columns[inside]] >= (COMPANY - 1e-9) * total
@@ -84,10 +77,12 @@ def density(
         size: Width and height of the original.
         window: The part of the original that the CNN's input shows.
         grid: Width and height of the input.
-        sigma: The Gaussian's standard deviation as a fraction of the input's width and height; None for ``SIGMA``. 0 for none.
+        sigma: The Gaussian's standard deviation as a fraction of the input's width and height; None for ``SIGMA``. 0
+            for none.
 
     Returns:
-        (grid height, grid width), sum 1 (all 0 without fixations). The Gaussian is reflected at the edges, so that no mass is lost.
+        (grid height, grid width), sum 1 (all 0 without fixations). The Gaussian is reflected at the edges, so that no
+        mass is lost.
     """
     mass = histogram(points[keep(points, size, window, grid)], window, grid)
     total = mass.sum()
@@ -101,8 +96,8 @@ def density(
 def specific(maps: NDArray[np.floating]) -> Floats:
     """What each word's map has more than the caption's words have on average.
 
-    A word's normalised map minus the mean over those words that have a map, negative parts cut to 0. With fewer than two such words
-    there is nothing to compare with, and the maps stay as they are.
+    A word's normalised map minus the mean over those words that have a map, negative parts cut to 0. With fewer than
+    two such words there is nothing to compare with, and the maps stay as they are.
 
     Args:
         maps: (words, height, width), each with sum 1 or all 0.
@@ -140,8 +135,8 @@ def box(
 ) -> Box | None:
     """The box around a word's fixations.
 
-    Outliers are dropped; then each axis by itself is cut to the central part that holds ``share`` of the mass. The box reaches to the
-    outer edges of the input's pixels that hold it, and not beyond the image.
+    Outliers are dropped; then each axis by itself is cut to the central part that holds ``share`` of the mass. The
+    box reaches to the outer edges of the input's pixels that hold it, and not beyond the image.
 
     Args:
         points: (n, 3): x, y in original pixels, mass.
@@ -209,8 +204,24 @@ def _cells(
     return columns, rows, inside
 
 
+def _neighbourhood(mass: NDArray[np.float64], radius: float, window: Box) -> NDArray[np.float64]:
+    """For each grid pixel the mass within ``radius`` original pixels of it: a convolution with a disc."""
+    height, width = mass.shape
+    step_x, step_y = (window[2] - window[0]) / width, (window[3] - window[1]) / height
+    reach_x, reach_y = min(int(radius / step_x), width - 1), min(int(radius / step_y), height - 1)
+    dx = np.arange(-reach_x, reach_x + 1) * step_x
+    dy = np.arange(-reach_y, reach_y + 1) * step_y
+    disc = (dx[None, :] ** 2 + dy[:, None] ** 2 <= radius**2 * (1 + 1e-9)).astype(np.float64)
+    shape = (height + 2 * reach_y, width + 2 * reach_x)  # large enough that nothing wraps around
+    spectrum = np.fft.rfft2(mass, shape) * np.fft.rfft2(disc, shape)
+    near = np.fft.irfft2(spectrum, shape)
+    return near[reach_y : reach_y + height, reach_x : reach_x + width]
+
+
 def _gaussian(length: int, sigma: float) -> NDArray[np.float64]:
-    """(length, length): a Gaussian blur along one axis as a matrix, reflected at both ends; rows and columns sum to 1."""
+    """(length, length): a Gaussian blur along one axis as a matrix, reflected at both ends; rows and columns sum to
+    1.
+    """
     if sigma <= 0:
         return np.eye(length)
     reach = int(np.ceil(4 * sigma))
@@ -225,7 +236,9 @@ def _gaussian(length: int, sigma: float) -> NDArray[np.float64]:
 
 
 def _interpolation(length: int, cells: int, low: float, high: float) -> Floats:
-    """(length, cells): bilinear weights of the grid's cells, which span low..high, at the centres of ``length`` pixels."""
+    """(length, cells): bilinear weights of the grid's cells, which span low..high, at the centres of ``length``
+    pixels.
+    """
     centres = np.arange(length) + 0.5
     at = (centres - low) / (high - low) * cells - 0.5
     inside = (at >= -0.5) & (at <= cells - 0.5)
@@ -250,6 +263,3 @@ def _central(
     last = int(np.searchsorted(rising, rising[-1] - tail - 1e-12 * rising[-1], side="left"))
     first, last = min(first, len(ordered) - 1), min(last, len(ordered) - 1)
     return max(0.0, float(ordered[first]) - half), min(float(limit), float(ordered[last]) + half)
-
-
-__all__: Sequence[str] = ["COMPANY", "NEIGHBOURHOOD", "SIGMA", "box", "density", "histogram", "keep", "peak", "resize", "specific", "weigh"]

@@ -1,0 +1,392 @@
+"""What an explanation is: frozen results that know nothing of models, and how they are saved and read.
+
+Points and boxes are in pixels of the original, upright image, x before y. Coordinates are continuous: the image spans
+0..width and 0..height, so the centre of its first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from PIL import Image
+
+import captionfix
+from captionfix import maps
+from captionfix.errors import CaptionError, CaptionfixError, OutputError
+from captionfix.files import atomic_folder
+from captionfix.images import read_image
+from captionfix.maps import Box, Floats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "captionfix-explanation"
+VERSION = 1
+"""Of the saved form. Readers refuse newer ones."""
+_PNG_PIXELS = 2_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """One word of a caption and where it comes from.
+
+    Attributes:
+        text: The word.
+        index: Its place in the caption, from 0.
+        token: Its id in the captioner's vocabulary.
+        probability: p(word | image, words before it), the caption fed to the decoder.
+        fixations: (n, 3) float32: x, y in original pixels (centres of the CNN's input pixels), mass. The masses sum
+            to 1.
+        feature_map: (h, w) float32: evidence at the CNN's feature map, sum 1 (or all 0).
+        image_share: 0..1: the part of the word's evidence that ends in the image; NaN where no flow was run.
+        language: (earlier word or "<start>", share) in caption order.
+        other: Share of biases and of prior states.
+        image_effect: Drop of the word's log-probability (nats) when the feature map is replaced by its mean.
+        alternatives: The five most probable words at this place and their probabilities.
+        contrast: The word that it was explained against, if any.
+    """
+
+    text: str
+    index: int
+    token: int
+    probability: float
+    fixations: Floats
+    feature_map: Floats
+    image_share: float = math.nan
+    language: tuple[tuple[str, float], ...] = ()
+    other: float = math.nan
+    image_effect: float = math.nan
+    alternatives: tuple[tuple[str, float], ...] = ()
+    contrast: str | None = None
+    _explanation: Explanation | None = field(default=None, init=False, repr=False)
+
+    @property
+    def explanation(self) -> Explanation:
+        """The explanation that the word belongs to."""
+        if self._explanation is None:
+            raise CaptionError(f"the word {self.text!r} belongs to no explanation yet; put it into one first")
+        return self._explanation
+
+    def heatmap(self, specific: bool = True, sigma: float | None = None) -> Floats:
+        """The word's map over the original image.
+
+        Args:
+            specific: Whether the mean over the caption's words is taken off, which leaves what is the word's own.
+            sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default, 12 / 224.
+
+        Returns:
+            (height, width) float32 with maximum 1, or all 0 where the word has no evidence (of its own).
+        """
+        whole = self.explanation
+        result = maps.resize(whole.maps(specific, sigma)[self.index], whole.image.size, whole.window)
+        top = result.max()
+        return result / top if top > 0 else result
+
+    def box(self, specific: bool = True, share: float = 0.9) -> Box | None:
+        """The box around the word's fixations, without outliers.
+
+        Args:
+            specific: Whether each fixation counts only with the part of the word's map at its place that is the
+                word's own.
+            share: Part of the mass that the box holds along each axis; with 1 it holds all fixations that are no
+                outliers.
+
+        Returns:
+            x0, y0, x1, y1 in original pixels, or None for a word without evidence.
+        """
+        whole = self.explanation
+        points = self.fixations
+        if specific and len(points):
+            own, plain = whole.maps(True)[self.index], whole.maps(False)[self.index]
+            points = maps.weigh(points, own, plain, whole.window)
+        return maps.box(points, whole.image.size, whole.window, whole.grid, share)
+
+    def point(self, specific: bool = True, sigma: float | None = None) -> tuple[float, float] | None:
+        """x, y in original pixels of the map's maximum, as the pointing game asks, or None for a word without
+        evidence.
+        """
+        whole = self.explanation
+        return maps.peak(whole.maps(specific, sigma)[self.index], whole.window)
+
+    def overlay(self, **options: Any) -> Image.Image:
+        """The word's map over the image, in the image's size; options as in `captionfix.render.figure.overlay`."""
+        from captionfix.render.figure import overlay
+
+        return overlay(self, **options)
+
+    def __repr__(self) -> str:
+        return f"Word({self.text!r}, index={self.index}, p={self.probability:.3g}, fixations={len(self.fixations)})"
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.overlay())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """A caption, explained word by word. Prints as a table, shows as a figure in a notebook.
+
+    Attributes:
+        image: The original image, upright, RGB.
+        words: The caption's words in order.
+        caption: The caption as text.
+        captioner: The captioner's name.
+        method: The method's name.
+        policy: The policy's settings, plain values only.
+        window: x0, y0, x1, y1: the part of the original that the CNN's input shows, in original pixels.
+        grid: Width and height of the CNN's input.
+        version: The version of captionfix that made it.
+    """
+
+    image: Image.Image
+    words: tuple[Word, ...]
+    caption: str
+    captioner: str
+    method: str
+    policy: Mapping[str, Any]
+    window: Box
+    grid: tuple[int, int]
+    version: str = captionfix.__version__
+    _maps: dict[tuple[bool, float | None], Floats] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        bound = []
+        for place, word in enumerate(self.words):
+            if word.index != place:
+                raise ValueError(f"the word {word.text!r} says index {word.index} but is at {place}")
+            copy = replace(word)  # the caller's word stays free
+            object.__setattr__(copy, "_explanation", self)
+            bound.append(copy)
+        object.__setattr__(self, "words", tuple(bound))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __iter__(self) -> Iterator[Word]:
+        return iter(self.words)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Word: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Word, ...]: ...
+    def __getitem__(self, key: int | slice | str) -> Word | tuple[Word, ...]:
+        """A word by its place or its text (the first where it occurs several times), or several by a slice.
+
+        Raises:
+            CaptionError: The caption has no such word.
+            IndexError: It has no such place.
+        """
+        if not isinstance(key, str):
+            return self.words[key]
+        for word in self.words:
+            if word.text == key:
+                return word
+        raise CaptionError(
+            f"the caption has no word {key!r}; its words are: {', '.join(word.text for word in self.words)}"
+        )
+
+    def maps(self, specific: bool = True, sigma: float | None = None) -> Floats:
+        """All words' maps on the grid of the CNN's input (kept, so asking again is free).
+
+        Args:
+            specific: Whether the mean over the words is taken off and negative parts cut.
+            sigma: The Gaussian's standard deviation as a fraction of the input; None for the default.
+
+        Returns:
+            (words, grid height, grid width) float32, read-only. Without ``specific`` each sums to 1 (or is all 0).
+        """
+        key = (specific, sigma)
+        if key not in self._maps:
+            if specific:
+                result = maps.specific(self.maps(False, sigma))
+            else:
+                each = [
+                    maps.density(word.fixations, self.image.size, self.window, self.grid, sigma) for word in self.words
+                ]
+                result = np.stack(each) if each else np.zeros((0, self.grid[1], self.grid[0]), dtype=np.float32)
+            result.setflags(write=False)
+            self._maps[key] = result
+        return self._maps[key]
+
+    def figure(self, **options: Any) -> Figure:
+        """A figure: the image, then each word's overlay; options as in `captionfix.render.figure.figure`."""
+        from captionfix.render.figure import figure
+
+        return figure(self, **options)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``explanation.json``, ``arrays.npz`` and the image into a new folder, all or nothing.
+
+        The image is a PNG, or a JPEG of quality 95 where it is larger than two million pixels.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: The folder holds something already or can't be written.
+        """
+        photo = "image.png" if self.image.width * self.image.height <= _PNG_PIXELS else "image.jpg"
+        with atomic_folder(folder) as place:
+            try:
+                self.image.save(place / photo, quality=95) if photo.endswith("jpg") else self.image.save(place / photo)
+                np.savez_compressed(place / "arrays.npz", **_arrays(self.words))
+                text = json.dumps(_record(self, photo), indent=1, ensure_ascii=False, allow_nan=False)
+                (place / "explanation.json").write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise OutputError(f"can't write into {folder}: {error.strerror or error}") from error
+        return Path(folder)
+
+    def __str__(self) -> str:
+        from captionfix.render.notebook import table
+
+        return table(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from captionfix.render.notebook import html
+
+        return html(self)
+
+    def _repr_png_(self) -> bytes:
+        from captionfix.render.notebook import png
+
+        return png(self)
+
+
+def read(folder: str | os.PathLike[str]) -> Explanation:
+    """Reads what `Explanation.save` wrote; neither torch nor a captioner is needed.
+
+    Raises:
+        OutputError: There is no such folder, a file is missing or damaged, or a newer captionfix wrote it.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise OutputError(f"{place}: there is no such folder")
+    try:
+        record = json.loads((place / "explanation.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OutputError(f"{place}: no explanation.json in it, so it is not a saved explanation") from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{place / 'explanation.json'}: can't be read ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise OutputError(f"{place / 'explanation.json'}: not a saved explanation")
+    if not isinstance(record.get("version"), int) or record["version"] > VERSION:
+        raise OutputError(
+            f"{place}: saved in form {record.get('version')} by captionfix {record.get('captionfix')}, "
+            f"and this captionfix ({captionfix.__version__}) reads up to {VERSION}; install a newer one"
+        )
+    try:
+        image = read_image(place / Path(record["image"]).name)
+        if [*image.size] != record["size"]:
+            raise ValueError(f"the image is {image.size}, not {record['size']}")
+        with np.load(place / "arrays.npz", allow_pickle=False) as arrays:
+            words = _words(record["words"], arrays)
+        return Explanation(
+            image=image,
+            words=words,
+            caption=record["caption"],
+            captioner=record["captioner"],
+            method=record["method"],
+            policy=record["policy"],
+            window=tuple(record["window"]),
+            grid=tuple(record["grid"]),
+            version=record["captionfix"],
+        )
+    except (
+        CaptionfixError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise OutputError(f"{place}: the saved explanation is damaged or incomplete ({error})") from error
+
+
+def _arrays(words: tuple[Word, ...]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for word in words:
+        named[f"fixations_{word.index}"] = np.asarray(word.fixations, dtype=np.float32)
+        named[f"feature_map_{word.index}"] = np.asarray(word.feature_map, dtype=np.float32)
+    return named
+
+
+def _record(explanation: Explanation, photo: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "captionfix": explanation.version,
+        "caption": explanation.caption,
+        "captioner": explanation.captioner,
+        "method": explanation.method,
+        "policy": dict(explanation.policy),
+        "image": photo,
+        "size": [*explanation.image.size],
+        "window": [float(edge) for edge in explanation.window],
+        "grid": [int(side) for side in explanation.grid],
+        "words": [
+            {
+                "text": word.text,
+                "token": int(word.token),
+                "probability": _number(word.probability),
+                "image_share": _number(word.image_share),
+                "language": [[text, _number(share)] for text, share in word.language],
+                "other": _number(word.other),
+                "image_effect": _number(word.image_effect),
+                "alternatives": [[text, _number(share)] for text, share in word.alternatives],
+                "contrast": word.contrast,
+            }
+            for word in explanation.words
+        ],
+    }
+
+
+def _words(records: list[dict[str, Any]], arrays: Mapping[str, np.ndarray]) -> tuple[Word, ...]:
+    words = []
+    for index, record in enumerate(records):
+        fixations, feature_map = arrays[f"fixations_{index}"], arrays[f"feature_map_{index}"]
+        if fixations.ndim != 2 or fixations.shape[1] != 3 or feature_map.ndim != 2:
+            raise ValueError(f"word {index} has arrays of shapes {fixations.shape} and {feature_map.shape}")
+        words.append(
+            Word(
+                text=record["text"],
+                index=index,
+                token=record["token"],
+                probability=_value(record["probability"]),
+                fixations=fixations,
+                feature_map=feature_map,
+                image_share=_value(record["image_share"]),
+                language=tuple((text, _value(share)) for text, share in record["language"]),
+                other=_value(record["other"]),
+                image_effect=_value(record["image_effect"]),
+                alternatives=tuple((text, _value(share)) for text, share in record["alternatives"]),
+                contrast=record["contrast"],
+            )
+        )
+    return tuple(words)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
