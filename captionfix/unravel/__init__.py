@@ -1,0 +1,16 @@
+"""The engine: a recorded forward pass, and evidence unraveled back through it.
+
+It knows tensors and operations, nothing of captions, images or models.
+"""
+
+from . import rules  # noqa: F401  (registers them)
+from .evidence import Evidence, join
+from .policy import POLICIES, Policy
+from .registry import RULES, Link, register, register_expansion
+from .trace import Operation, Slot, Trace, Value
+from .walk import Account, find_feature_map, start, walk
+
+__all__ = [
+    "POLICIES", "RULES", "Account", "Evidence", "Link", "Operation", "Policy", "Slot", "Trace", "Value", "find_feature_map", "join",
+    "register", "register_expansion", "start", "walk",
+]

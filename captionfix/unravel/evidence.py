@@ -1,0 +1,78 @@
+"""The sparse table of evidence: (word, neuron, direction) -> mass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Rows of (word, element, direction, mass), all one-dimensional tensors of the same length.
+
+    Attributes:
+        word: int64, which explained word the row belongs to.
+        element: int64, a row-major element number of a tensor, or a cell of a storage.
+        direction: +1 or -1 (floating): whether the word wants the element higher or lower.
+        mass: >= 0. A word starts with 1 in all.
+    """
+
+    word: Tensor
+    element: Tensor
+    direction: Tensor
+    mass: Tensor
+
+    def __len__(self) -> int:
+        return len(self.word)
+
+    def where(self, keep: Tensor) -> Evidence:
+        """The rows that a boolean mask or an index keeps."""
+        return Evidence(self.word[keep], self.element[keep], self.direction[keep], self.mass[keep])
+
+    def at(self, element: Tensor) -> Evidence:
+        """The same rows at other elements."""
+        return Evidence(self.word, element, self.direction, self.mass)
+
+    def per_word(self, words: int) -> Tensor:
+        """Mass of each word, (words,)."""
+        return self.mass.new_zeros(words).index_add_(0, self.word, self.mass)
+
+    def dense(self, words: int, elements: int) -> Tensor:
+        """Mass as (words, elements), directions summed."""
+        table = self.mass.new_zeros(words * elements)
+        return table.index_add_(0, self.word * elements + self.element, self.mass).view(words, elements)
+
+    def merged(self) -> Evidence:
+        """One row for each (word, element, direction), sorted; rows without mass are dropped."""
+        if len(self) == 0:
+            return self
+        span = self.element.max() + 1
+        key = (self.word * span + self.element) * 2 + (self.direction > 0)
+        key, where = torch.unique(key, return_inverse=True)
+        mass = self.mass.new_zeros(len(key)).index_add_(0, where, self.mass)
+        both = key.div(2, rounding_mode="floor")
+        direction = (key.remainder(2) * 2 - 1).to(self.direction.dtype)
+        merged = Evidence(both.div(span, rounding_mode="floor"), both.remainder(span), direction, mass)
+        return merged if bool((mass > 0).all()) else merged.where(mass > 0)
+
+    def pruned(self, budget: int | None, words: int) -> Evidence:
+        """At most ``budget`` rows a word, the heaviest, scaled so that each word keeps its mass. Rows must be merged."""
+        if budget is None or len(self) <= budget:
+            return self
+        counts = torch.bincount(self.word, minlength=words)
+        if int(counts.max()) <= budget:
+            return self
+        order = torch.argsort(self.mass, descending=True, stable=True)
+        order = order[torch.argsort(self.word[order], stable=True)]  # by word, the heaviest first
+        first = torch.cumsum(counts, 0) - counts
+        rank = torch.arange(len(self), device=self.mass.device) - first[self.word[order]]
+        kept = self.where(order[rank < budget])
+        scale = self.per_word(words) / kept.per_word(words).clamp_min(torch.finfo(self.mass.dtype).tiny)
+        return Evidence(kept.word, kept.element, kept.direction, kept.mass * scale[kept.word])
+
+
+def join(parts: list[Evidence]) -> Evidence:
+    """All rows of several tables."""
+    return Evidence(*(torch.cat([getattr(p, name) for p in parts]) for name in ("word", "element", "direction", "mass")))

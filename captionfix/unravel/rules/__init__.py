@@ -1,0 +1,3 @@
+"""One file per family of operations; importing this package registers them all."""
+
+from . import attention, convolution, layout, pointwise, pooling, recurrent, sums  # noqa: F401

@@ -1,0 +1,163 @@
+"""Operations that only move numbers: one rule for all. The same operation runs on element numbers, and its result says where each
+element came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..policy import Policy
+from ..registry import Link, register
+from ..trace import Operation, Slot
+
+# Which argument numbers are the signals; the others (indices, masks, sizes) are given to the operation as they were.
+_SIGNALS: dict[str, Sequence[int] | None] = {
+    **dict.fromkeys(["cat", "stack", "hstack", "vstack", "concat", "concatenate", "block_diag"], (0,)),
+    **dict.fromkeys([
+        "view", "reshape", "_reshape_copy", "_unsafe_view", "view_copy", "flatten", "transpose", "t", "permute", "movedim", "swapaxes",
+        "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "squeeze", "unsqueeze", "expand",
+        "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "flip", "roll", "rot90", "contiguous", "clone", "alias",
+        "index_select", "index", "gather", "take", "take_along_dim", "masked_select", "pixel_shuffle", "pixel_unshuffle",
+        "channel_shuffle", "diagonal", "tril", "triu", "unfold", "im2col", "_pack_padded_sequence", "_pad_packed_sequence",
+        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "pad", "constant_pad_nd", "reflection_pad2d",
+        "replication_pad2d", "masked_fill", "fill", "zero", "lift_fresh", "detach", "_unsafe_index", "as_strided", "new_empty_strided",
+    ], (0,)),
+    "where": (1, 2), "copy": (1,), "index_put": (0, 2), "_index_put_impl": (0, 2), "masked_scatter": (0, 2), "index_copy": (0, 3),
+    "scatter": (0, 3), "slice_scatter": (0, 1), "select_scatter": (0, 1), "index_fill": (0,),
+}
+
+
+@register(*_SIGNALS)
+def moved(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    slots, tables = _origin(op)
+    origin = tables[output].reshape(-1)[neurons]
+    links, first = [], 0
+    for slot in slots:
+        mine = (origin >= first) & (origin < first + slot.numel)
+        if slot.value.variable and bool(mine.any()):
+            links.append(Link(slot, torch.where(mine, origin - first, 0)[:, None], mine.to(direction.dtype)[:, None], direction[:, None]))
+        first += slot.numel
+    return links
+
+
+def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
+    """The signals, and for every output a tensor of its shape that says which element of which signal (numbered through) it is;
+    -1 where it is a constant."""
+    if "origin" in op.memo:
+        found: tuple[list[Slot], list[Tensor]] = op.memo["origin"]
+        return found
+    slots: list[Slot] = []
+    count = 0
+
+    def numbers(argument: Any) -> Any:
+        nonlocal count
+        if isinstance(argument, Slot):
+            slots.append(argument)
+            count += argument.numel
+            device = argument.value.base.device if argument.value.base is not None else None
+            return torch.arange(count - argument.numel, count, device=device).view(argument.shape)
+        if isinstance(argument, (list, tuple)):
+            return [numbers(item) for item in argument]
+        return -1 if isinstance(argument, (int, float)) and not isinstance(argument, bool) else argument
+
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, Slot):
+            return argument.read()
+        return [plain(item) for item in argument] if isinstance(argument, (list, tuple)) else argument
+
+    signals = _SIGNALS[op.name] or ()
+    args = [numbers(a) if i in signals else plain(a) for i, a in enumerate(op.args)]
+    kwargs = {k: plain(v) for k, v in op.kwargs.items()}
+    for position, name in _FILL.get(op.name, ()):
+        if position < len(args):
+            args[position] = -1
+        elif op.name != "pad" or op.argument(2, "mode", "constant") == "constant":
+            kwargs[name] = -1
+    if op.name == "copy":  # what is written over does not matter, only its shape
+        args[0] = torch.empty(op.args[0].shape, dtype=torch.long, device=args[1].device)
+    if op.name in ("fill", "zero"):
+        tables = [torch.full(op.args[0].shape, -1)]
+    elif op.name == "copy":
+        tables = [args[1].expand(op.args[0].shape)]
+    elif op.name in ("tril", "triu"):
+        tables = [op.func(args[0] + 1, *args[1:], **kwargs) - 1]
+    elif op.name.startswith("upsample_nearest") or op.name in ("reflection_pad2d", "replication_pad2d", "im2col"):
+        tables = [op.func(args[0].double(), *args[1:], **kwargs).long()]
+    elif op.name == "pad" and op.argument(2, "mode", "constant") != "constant":
+        tables = [op.func(args[0].double(), *args[1:], **kwargs).long()]
+    else:
+        result = op.func(*args, **kwargs)
+        tables = list(result) if isinstance(result, (tuple, list)) else [result]
+    op.memo["origin"] = slots, tables
+    return slots, tables
+
+
+# arguments that hold a constant to be written
+_FILL = {"pad": ((3, "value"),), "constant_pad_nd": ((2, "value"),), "masked_fill": ((2, "value"),), "index_fill": ((3, "value"),),
+         "_pad_packed_sequence": ((3, "padding_value"),)}
+
+
+@register("sort", "topk", "kthvalue", "mode")
+def ordered(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """The element that was chosen, by the operation's own indices."""
+    slot = op.args[0]
+    result = op.call(lambda s: s.read())
+    axis = {"sort": op.argument(1, "dim", -1), "topk": op.argument(2, "dim", -1)}.get(op.name, op.argument(2, "dim", -1))
+    numbers = torch.arange(slot.numel, device=neurons.device).view(slot.shape)
+    if result[1].dim() == numbers.dim():
+        origin = numbers.gather(axis, result[1])
+    else:
+        origin = numbers.gather(axis, result[1].unsqueeze(axis)).squeeze(axis)
+    return [Link(slot, origin.reshape(-1)[neurons][:, None], torch.ones_like(direction)[:, None], direction[:, None])]
+
+
+@register("embedding", reads=False)
+def embedding(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """A leaf: all evidence on a word's vector is credited to the token that was looked up."""
+    tokens = op.argument(1, "indices")
+    out = op.outputs[output]
+    assert out is not None
+    if not tokens.value.variable:
+        return []
+    index = neurons.div(out.shape[-1], rounding_mode="floor")
+    return [Link(tokens, index[:, None], torch.ones_like(direction)[:, None], direction[:, None])]
+
+
+@register("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_linear1d")
+def resampled(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """A weighted sum of few pixels; its weights are read off the operation's own derivative, one plane for all channels."""
+    from .sums import weighted
+
+    slot, out = op.args[0], op.outputs[output]
+    assert out is not None
+    spatial = slot.shape[2:]
+    area, out_area = 1, 1
+    for extent, out_extent in zip(spatial, out.shape[2:], strict=True):
+        area, out_area = area * extent, out_area * out_extent
+    plane, place = neurons.div(out_area, rounding_mode="floor"), neurons.remainder(out_area)
+    places, inverse = torch.unique(place, return_inverse=True)
+    rows = _resampling_rows(op, spatial, places, direction.dtype)
+    k = min(16, area)
+    _, taps = rows.abs().topk(k, 1)
+    taps_of = taps[inverse]
+    return [weighted(slot, plane[:, None] * area + taps_of, rows[inverse].gather(1, taps_of), direction, policy.sums, policy)]
+
+
+def _resampling_rows(op: Operation, spatial: Sequence[int], places: Tensor, dtype: torch.dtype) -> Tensor:
+    """(places, area): how much each input position weighs in some output positions."""
+    area = 1
+    for extent in spatial:
+        area *= extent
+    basis = torch.eye(area, dtype=dtype, device=places.device).view(area, 1, *spatial)
+    response = torch.cat([op.func(b, *op.args[1:], **op.kwargs).flatten(1) for b in basis.split(256)])
+    return response[:, places].t().contiguous()
+
+
+@register("one_hot", "arange", reads=False)
+def constant(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    return []
+
+

@@ -1,0 +1,140 @@
+"""Sums: only contributions that agree with the direction carry evidence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..policy import Policy, split
+from ..registry import Link, register
+from ..trace import Operation, Slot
+from .common import broadcast, chunks, concatenated, coordinates, ravel, same, sign
+from .pointwise import is_gate
+
+
+def weighted(slot: Slot, index: Tensor, weights: Tensor | None, direction: Tensor, keep: int | None, policy: Policy) -> Link:
+    """The rule of every sum ``sum_k weight_k * x_k``, for D neurons at once.
+
+    Args:
+        slot: where x lies.
+        index: (D, K) element numbers of x, -1 where there is none (padding).
+        weights: (D, K), or None for equal positive weights.
+        direction: (D,) of the neurons.
+
+    Returns:
+        the link to the kept contributors. A contributor that agrees has the direction of its own sign: the word wants a positive one
+        higher and a negative one lower, whatever its weight.
+    """
+    x = slot.take(index.clamp_min(0))
+    x = torch.where(index < 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
+    contributions = (x if weights is None else x * weights) * direction[:, None]
+    column, share = split(contributions, keep, policy)
+    chosen = x.gather(1, column)
+    towards = sign(chosen)
+    if policy.opposed == "input" and weights is not None:
+        towards = direction[:, None] * sign(weights.gather(1, column))
+    return Link(slot, index.gather(1, column).clamp_min(0), share, towards)
+
+
+@register("linear", "addmm", "mm", "addmv", "mv")
+def linear(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    if op.name in ("addmm", "addmv"):
+        x, weight = op.args[1], op.args[2].read()
+    else:
+        x, weight = op.args[0], op.argument(1, "weight").read()
+    out = op.outputs[output]
+    assert out is not None
+    if op.name == "linear":
+        rows = weight
+    elif isinstance(op.args[-1], Slot) and op.args[-1].value.variable and not x.value.variable:
+        return bilinear(op, output, neurons, direction, policy)
+    else:
+        rows = weight.t() if weight.dim() == 2 else weight[None]
+    features = x.shape[-1]
+    links = []
+    for part in chunks(len(neurons), features):
+        row, column = neurons[part].div(len(rows), rounding_mode="floor"), neurons[part].remainder(len(rows))
+        index = row[:, None] * features + torch.arange(features, device=neurons.device)
+        links.append(weighted(x, index, rows[column], direction[part], policy.linear_kept, policy))
+    return [concatenated(links)]
+
+
+@register("matmul", "bmm", "dot", "baddbmm")
+def bilinear(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """A matrix product. A constant or a gate (softmax weights) is a weight; of two signals each gets half."""
+    a, b = (op.args[1], op.args[2]) if op.name in ("baddbmm", "addmm", "addmv") else (op.args[0], op.args[1])
+    out = op.outputs[output]
+    assert out is not None
+    left = a.shape if len(a.shape) > 1 else (1, *a.shape)
+    right = b.shape if len(b.shape) > 1 else (*b.shape, 1)
+    batch = torch.broadcast_shapes(left[:-2], right[:-2])
+    where = coordinates(neurons, (*batch, left[-2], right[-1]))
+    k = torch.arange(left[-1], device=neurons.device)
+    batch_number = ravel([*where[:-2]], batch) if batch else torch.zeros_like(neurons)
+    base_a = broadcast(batch_number, batch, left[:-2]) * left[-2] + where[-2]
+    base_b = broadcast(batch_number, batch, right[:-2]) * right[-2]
+    index_a = base_a[:, None] * left[-1] + k
+    index_b = (base_b[:, None] + k) * right[-1] + where[-1][:, None]
+    values_a, values_b = a.take(index_a), b.take(index_b)
+    variable_a = a.value.variable and not (b.value.variable and is_gate(a) and not is_gate(b))
+    variable_b = b.value.variable and not (a.value.variable and is_gate(b) and not is_gate(a))
+    links = []
+    if variable_a:
+        links.append(weighted(a, index_a, values_b, direction, policy.sums, policy))
+    if variable_b:
+        links.append(weighted(b, index_b, values_a, direction, policy.sums, policy))
+    return [link._replace(share=link.share / len(links)) for link in links]
+
+
+@register("add", "sub", "rsub")
+def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """Two terms; a term that depends on no input is the bias."""
+    out = op.outputs[output]
+    assert out is not None
+    alpha = op.kwargs.get("alpha", 1)
+    factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[op.name]
+    terms = [(a, f) for a, f in zip((op.args[0], op.argument(1, "other")), factors, strict=True)
+             if isinstance(a, Slot) and a.value.variable]
+    elements = [broadcast(neurons, out.shape, slot.shape) for slot, _ in terms]
+    if len(terms) == 1:
+        slot, factor = terms[0]
+        return same(slot, elements[0], direction if factor > 0 else -direction)
+    values = torch.stack([slot.take(e) * f for (slot, f), e in zip(terms, elements, strict=True)], 1)
+    column, share = split(values * direction[:, None], policy.sums, policy)
+    shares = torch.zeros_like(values).scatter_(1, column, share)
+    return [
+        Link(slot, e[:, None], shares[:, i:i + 1], (direction if f > 0 else -direction)[:, None])
+        for i, ((slot, f), e) in enumerate(zip(terms, elements, strict=True))
+    ]
+
+
+@register("sum", "mean", "nansum")
+def reduction(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    slot, axes = op.args[0], op.argument(1, "dim")
+    rank = len(slot.shape)
+    if axes is None or axes == []:
+        axes = list(range(rank))
+    axes = sorted(a % rank for a in ([axes] if isinstance(axes, int) else axes))
+    kept = [i for i in range(rank) if i not in axes]
+    strides = [1] * rank
+    for i in range(rank - 2, -1, -1):
+        strides[i] = strides[i + 1] * slot.shape[i + 1]
+    base = torch.zeros_like(neurons)
+    for i, where in zip(kept, coordinates(neurons, [slot.shape[i] for i in kept]), strict=True):
+        base = base + where * strides[i]
+    inner = torch.zeros(1, dtype=torch.long, device=neurons.device)
+    for i in axes:
+        inner = (inner[:, None] + torch.arange(slot.shape[i], device=neurons.device) * strides[i]).reshape(-1)
+    parts = [weighted(slot, base[part, None] + inner, None, direction[part], policy.sums, policy)
+             for part in chunks(len(neurons), len(inner))]
+    return [concatenated(parts)]
+
+
+@register("cumsum")
+def cumulative(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    slot, axis = op.args[0], op.argument(1, "dim") % len(op.args[0].shape)
+    where = coordinates(neurons, slot.shape)
+    steps = torch.arange(slot.shape[axis], device=neurons.device)
+    index = ravel([w[:, None] if i != axis else steps[None].expand(len(neurons), -1) for i, w in enumerate(where)], slot.shape)
+    index = torch.where(steps[None] <= where[axis][:, None], index, -1)
+    return [weighted(slot, index, None, direction, policy.sums, policy)]

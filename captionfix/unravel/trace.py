@@ -1,0 +1,321 @@
+"""Records one forward pass, operation by operation.
+
+The record is taken below modules, at PyTorch's own operations, so it holds whatever a module's ``forward`` does: functional or
+in-place, reused or not. Its unit of memory is the *value*: what one storage holds between two writes. Every tensor is a strided
+`Slot` on a value, which makes views free (a view is another slot on the same value and no operation at all), and an in-place write
+simply begins the storage's next value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .registry import find, is_composite, op_name
+
+_OVERWRITTEN = "a rule wants to read a value that was overwritten in place; it must not be registered with reads=False"
+
+
+class Value:
+    """What one storage held between two writes.
+
+    Attributes:
+        producer: the operation that wrote it, or None for a leaf (an input, a weight, a constant).
+        previous: the storage's value before that write: what lies in the cells that the producer did not write.
+        variable: whether it depends on a watched input.
+        read_later: whether a rule of an operation that was recorded so far will want to read it.
+    """
+
+    __slots__ = ("number", "base", "producer", "previous", "variable", "read_later", "parameter")
+
+    def __init__(self, number: int, base: Tensor, producer: Operation | None, previous: Value | None, variable: bool):
+        self.number = number
+        self.base: Tensor | None = base
+        self.producer = producer
+        self.previous = previous
+        self.variable = variable
+        self.read_later = False
+        self.parameter = isinstance(base, nn.Parameter)
+
+    def keep(self) -> None:
+        """Copies the contents away, because the storage is about to be overwritten."""
+        if self.base is not None:
+            cells = self.base.untyped_storage().nbytes() // self.base.element_size()
+            self.base = self.base.detach().as_strided((cells,), (1,), 0).clone()
+
+    @property
+    def cells(self) -> int:
+        """How many elements the storage holds."""
+        assert self.base is not None
+        return self.base.untyped_storage().nbytes() // self.base.element_size()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Slot:
+    """Where a tensor's elements lie: a strided window on a value."""
+
+    value: Value
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def read(self) -> Tensor:
+        """The tensor's contents at the time when it was recorded."""
+        if self.value.base is None:
+            raise RuntimeError(_OVERWRITTEN)
+        return self.value.base.detach().as_strided(self.shape, self.stride, self.offset)
+
+    def take(self, elements: Tensor) -> Tensor:
+        """The contents of some elements, in the shape of their numbers, whatever the layout."""
+        if self.value.base is None:
+            raise RuntimeError(_OVERWRITTEN)
+        flat = self.value.base.detach().as_strided((self.value.cells,), (1,), 0)
+        return flat[self.cells(elements)]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def is_plain(self) -> bool:
+        """Whether element i lies in cell i."""
+        expected = 1
+        for extent, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if extent != 1 and stride != expected:
+                return False
+            expected *= extent
+        return self.offset == 0
+
+    def cells(self, elements: Tensor) -> Tensor:
+        """The storage cells of row-major element numbers."""
+        if self.is_plain():
+            return elements
+        cells = torch.full_like(elements, self.offset)
+        rest = elements
+        for extent, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if extent != 1:
+                if stride:
+                    cells += rest.remainder(extent) * stride
+                rest = rest.div(extent, rounding_mode="floor")
+        return cells
+
+    def elements(self, cells: Tensor) -> Tensor:
+        """The row-major element numbers that lie in storage cells, -1 where the tensor does not cover the cell."""
+        if self.is_plain():
+            if self.value.base is not None and self.numel == self.value.cells:
+                return cells
+            return torch.where(cells < self.numel, cells, -1)
+        last = self.offset + sum((extent - 1) * stride for extent, stride in zip(self.shape, self.stride, strict=True))
+        table = torch.full((max(last + 1, 1),), -1, dtype=torch.long, device=cells.device)
+        numbers = torch.arange(self.numel, device=cells.device).view(self.shape)
+        table.as_strided(self.shape, self.stride, self.offset).copy_(numbers)
+        return torch.where(cells <= last, table[cells.clamp(max=last)], -1)
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One recorded operation: its arguments with every tensor replaced by its slot."""
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    module: str
+    outputs: tuple[Slot | None, ...] = ()
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name, whichever way the caller gave it."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def inputs(self) -> Iterator[Slot]:
+        """All tensor arguments, those inside lists too."""
+        yield from _slots_in(self.args)
+        yield from _slots_in(tuple(self.kwargs.values()))
+
+    def call(self, replace: Callable[[Slot], Any]) -> Any:
+        """Runs the operation's functional form again, each tensor argument replaced."""
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, Slot):
+                return replace(argument)
+            if isinstance(argument, (list, tuple)):
+                return [fill(item) for item in argument]
+            return argument
+
+        return self.func(*[fill(a) for a in self.args], **{k: fill(v) for k, v in self.kwargs.items()})
+
+    def __str__(self) -> str:
+        return f"aten::{self.name}" + (f" in {self.module}" if self.module else "")
+
+
+class Trace(TorchDispatchMode):
+    """Records what runs inside the ``with`` block. The block runs under ``torch.inference_mode()``.
+
+    Example:
+        >>> with Trace(network) as trace:
+        ...     trace.watch("image", pixels)
+        ...     logits = network(pixels)
+        >>> trace.slot(logits)
+
+    Args:
+        module: the module whose submodules' names operations should carry; None to go without names.
+    """
+
+    def __init__(self, module: nn.Module | None = None):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.watched: dict[str, Slot] = {}
+        self.module_outputs: dict[str, Slot] = {}
+        self._values: dict[int, Value] = {}
+        self._names = {id(m): name for name, m in module.named_modules()} if module is not None else {}
+        self._path: list[str] = []
+        self._contexts: list[Any] = []
+
+    # the block -------------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Trace:
+        inference = torch.inference_mode()
+        inference.__enter__()
+        self._contexts.append(inference)
+        if self._names and len(self._contexts) == 1:
+            self._contexts.append(register_module_forward_pre_hook(self._enter_module))
+            self._contexts.append(register_module_forward_hook(self._leave_module, always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        while self._contexts:
+            context = self._contexts.pop()
+            if hasattr(context, "remove"):
+                context.remove()
+            else:
+                context.__exit__(*exc)
+                break
+        if not self._contexts:
+            self._path.clear()
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._path.append(self._names.get(id(module), self._path[-1] if self._path else ""))
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._path:
+            name = self._path.pop()
+            if isinstance(output, Tensor) and id(module) in self._names:
+                self.module_outputs[name] = self.slot(output)
+
+    # what a user of the trace asks -------------------------------------------------------------------------------------------
+
+    def watch(self, name: str, tensor: Tensor) -> Tensor:
+        """Declares an input: what depends on it is recorded, and evidence may end in it."""
+        slot = self.slot(tensor)
+        slot.value.variable = True
+        self.watched[name] = slot
+        return tensor
+
+    def slot(self, tensor: Tensor) -> Slot:
+        """Where a tensor lies now."""
+        key = tensor.untyped_storage()._cdata
+        value = self._values.get(key)
+        if value is None:
+            value = self._values[key] = Value(len(self._values), tensor, None, None, False)
+        return Slot(value, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+    # recording -----------------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, rule = op_name(func), find(func)
+        tensors = list(_tensors_in(args)) + list(_tensors_in(tuple(kwargs.values())))
+        variable = any(self._is_variable(t) for t in tensors)
+        if rule is None and variable and is_composite(func):
+            with self:  # an operation made of others, and nobody wrote a rule for the whole: record its parts
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        writes = [a for a in _written(func, args, kwargs)]
+        if not variable and not any(t.untyped_storage()._cdata in self._values for t in writes):
+            return func(*args, **kwargs)
+
+        operation = Operation(
+            func, name, tuple(_to_slot(self, a) for a in args), {k: _to_slot(self, v) for k, v in kwargs.items()},
+            self._path[-1] if self._path else "",
+        )
+        reads = rule is None or rule.reads
+        if reads:
+            for slot in operation.inputs():
+                slot.value.read_later = True
+        before: dict[int, Value] = {}
+        for tensor in writes:
+            value = self.slot(tensor).value
+            before[tensor.untyped_storage()._cdata] = value
+            if value.read_later:
+                value.keep()
+        result = func(*args, **kwargs)
+        for value in before.values():
+            if not value.read_later:
+                value.base = None
+        known = {t.untyped_storage()._cdata for t in tensors}
+        outputs: list[Slot | None] = []
+        fresh: dict[int, Value] = {}
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(tensor, Tensor):
+                outputs.append(None)
+                continue
+            key = tensor.untyped_storage()._cdata
+            if key in known and key not in before:  # a view: no new value
+                outputs.append(None)
+                continue
+            if key not in fresh:
+                fresh[key] = Value(len(self._values) + len(fresh), tensor, operation, before.get(key), variable or
+                                   (key in before and before[key].variable))
+                self._values[key] = fresh[key]
+            outputs.append(Slot(fresh[key], tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+        if any(outputs):
+            operation.outputs = tuple(outputs)
+            self.operations.append(operation)
+        return result
+
+    def _is_variable(self, tensor: Tensor) -> bool:
+        value = self._values.get(tensor.untyped_storage()._cdata)
+        return value is not None and value.variable
+
+
+def _tensors_in(arguments: Any) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors_in(argument)
+
+
+def _slots_in(arguments: Any) -> Iterator[Slot]:
+    for argument in arguments:
+        if isinstance(argument, Slot):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _slots_in(argument)
+
+
+def _to_slot(trace: Trace, argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return trace.slot(argument)
+    if isinstance(argument, (list, tuple)):
+        return [_to_slot(trace, item) for item in argument]
+    return argument
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The arguments that the operation's schema declares as written to."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = kwargs.get(argument.name) if argument.name in kwargs else args[position] if position < len(args) else None
+            yield from _tensors_in((given,))

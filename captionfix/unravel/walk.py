@@ -1,0 +1,248 @@
+"""Walks a trace backwards: from targets to the leaves, and to any cut on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedOperation
+from .dense import DENSE, dense_links
+from .evidence import Evidence, join
+from .policy import Policy
+from .registry import RULES, Link, find
+from .trace import Operation, Slot, Trace, Value
+
+
+@dataclass
+class Account:
+    """Where the evidence of each word ended.
+
+    Attributes:
+        words: how many words were explained.
+        bias: (words,) mass that no input agreed with.
+        cuts: evidence at each cut asked for, by its name; elements of the cut's tensor.
+    """
+
+    words: int
+    bias: Tensor
+    cuts: dict[str, Evidence] = field(default_factory=dict)
+    _leaves: dict[Value, Evidence] = field(default_factory=dict)
+
+    def at(self, slot: Slot) -> Evidence:
+        """Evidence that ended in a leaf; elements of the slot's tensor. Empty where none did."""
+        found = self._leaves.get(slot.value)
+        if found is None:
+            nothing = torch.empty(0, dtype=torch.long, device=self.bias.device)
+            return Evidence(nothing, nothing, self.bias.new_empty(0), self.bias.new_empty(0))
+        return found.at(slot.elements(found.element))
+
+    def share(self, slot: Slot) -> Tensor:
+        """(words,) mass that ended in a leaf."""
+        return self.at(slot).per_word(self.words)
+
+    def rest(self, known: Iterable[Slot]) -> Tensor:
+        """(words,) mass on leaves other than the ``known``: initial states, constants."""
+        values = {slot.value for slot in known}
+        total = torch.zeros_like(self.bias)
+        for value, evidence in self._leaves.items():
+            if value not in values:
+                total += evidence.per_word(self.words)
+        return total
+
+    def total(self) -> Tensor:
+        """(words,) mass over all leaves and the bias: 1 for every word, if nothing was stopped at a cut."""
+        return self.rest(()) + self.bias
+
+
+def start(slot: Slot, elements: Sequence[int] | Tensor, direction: float = 1.0) -> Evidence:
+    """Mass 1 for each word on one element of a tensor, as on its own logit."""
+    device = slot.value.base.device if slot.value.base is not None else None
+    element = torch.as_tensor(elements, dtype=torch.long, device=device)
+    ones = torch.ones(len(element), device=device, dtype=slot.read().dtype)
+    return Evidence(torch.arange(len(element), device=device), element, ones * direction, ones)
+
+
+@torch.inference_mode()
+def walk(
+    trace: Trace,
+    targets: Sequence[tuple[Slot, Evidence]],
+    policy: Policy,
+    words: int | None = None,
+    cuts: Mapping[str, Slot] | None = None,
+    stop: bool = False,
+) -> Account:
+    """Unravels evidence on ``targets`` back to the leaves.
+
+    Args:
+        trace: the recorded pass.
+        targets: where evidence starts: tensors of the pass, each with evidence on its elements.
+        policy: what is kept.
+        words: how many words there are; the highest word number plus one where it is not said.
+        cuts: tensors on the way whose evidence is wanted too.
+        stop: evidence that reaches a cut stays there.
+
+    Raises:
+        UnsupportedOperation: evidence reached an operation that has no rule.
+    """
+    if words is None:
+        words = max((int(e.word.max()) + 1 for _, e in targets if len(e)), default=0)
+    reference = targets[0][1].mass
+    account = Account(words, reference.new_zeros(words))
+    pending: dict[Value, list[Evidence]] = {}
+    for slot, evidence in targets:
+        pending.setdefault(slot.value, []).append(evidence.at(slot.cells(evidence.element)))
+    wanted: dict[Value, list[tuple[str, Slot]]] = {}
+    for name, slot in (cuts or {}).items():
+        wanted.setdefault(slot.value, []).append((name, slot))
+    _walk(trace.operations, pending, account, policy, wanted, stop)
+    for value, parts in pending.items():
+        evidence = join(parts).merged()
+        stopped = _cut(value, evidence, account, wanted)
+        if not (stop and stopped):
+            account._leaves[value] = evidence
+    return account
+
+
+def _walk(
+    operations: Sequence[Operation], pending: dict[Value, list[Evidence]], account: Account, policy: Policy,
+    wanted: dict[Value, list[tuple[str, Slot]]], stop: bool,
+) -> None:
+    for operation in reversed(operations):
+        arrived: dict[int, Evidence] = {}
+        for number, slot in enumerate(operation.outputs):
+            if slot is None or slot.value not in pending:
+                continue
+            evidence = join(pending.pop(slot.value)).merged().pruned(policy.neurons, account.words)
+            if _cut(slot.value, evidence, account, wanted) and stop:
+                continue
+            elements = slot.elements(evidence.element)
+            if slot.value.previous is not None and bool((elements < 0).any()):  # cells that the write did not touch
+                pending.setdefault(slot.value.previous, []).append(evidence.where(elements < 0))
+            written = elements >= 0
+            arrived[number] = evidence.at(elements) if bool(written.all()) else evidence.at(elements).where(written)
+        if arrived:
+            _apply(operation, arrived, pending, account, policy)
+            operation.memo.clear()
+
+
+def _cut(value: Value, evidence: Evidence, account: Account, wanted: dict[Value, list[tuple[str, Slot]]]) -> bool:
+    for name, slot in wanted.get(value, ()):
+        account.cuts[name] = evidence.at(slot.elements(evidence.element))
+    return value in wanted
+
+
+def _apply(
+    operation: Operation, arrived: dict[int, Evidence], pending: dict[Value, list[Evidence]], account: Account, policy: Policy
+) -> None:
+    rule = find(operation.func)
+    if rule is None:
+        raise UnsupportedOperation(
+            f"no rule for {operation}: evidence reached it and can go no further. Register one: "
+            f"@captionfix.unravel.register({operation.name!r}); docstring of captionfix.unravel.registry says what a rule is "
+            f"({len(RULES)} operations have one)."
+        )
+    if rule.expansion is not None:
+        _expand(operation, rule.expansion, arrived, pending, account, policy)
+        return
+    assert rule.function is not None
+    for number, evidence in arrived.items():
+        if operation.name in DENSE and policy.dense(operation.name):
+            left = dense_links(operation, number, evidence, account.words, policy, pending)
+            account.bias += evidence.per_word(account.words) - left
+            continue
+        # a neuron that several words reach is looked up once
+        key, which = torch.unique(evidence.element * 2 + (evidence.direction > 0), return_inverse=True)
+        neurons = key.div(2, rounding_mode="floor")
+        direction = (key.remainder(2) * 2 - 1).to(evidence.direction.dtype)
+        links = rule.function(operation, number, neurons, direction, policy)
+        _follow(links, which, evidence, pending, account)
+
+
+def _follow(links: Sequence[Link], which: Tensor, evidence: Evidence, pending: dict[Value, list[Evidence]], account: Account) -> None:
+    moved = torch.zeros_like(evidence.mass)
+    for slot, index, share, direction in links:
+        mass = share[which] * evidence.mass[:, None]
+        moved += mass.sum(1)
+        row, column = torch.nonzero(mass > 0, as_tuple=True)
+        if len(row) == 0:
+            continue
+        source = which[row]
+        turned = direction[source, column] if direction.shape[1] > 1 else direction[source, 0]
+        part = Evidence(evidence.word[row], slot.cells(index[source, column]), turned, mass[row, column])
+        pending.setdefault(slot.value, []).append(part)
+    account.bias.index_add_(0, evidence.word, (evidence.mass - moved).clamp_min(0))
+
+
+def _expand(
+    operation: Operation, expansion: object, arrived: dict[int, Evidence], pending: dict[Value, list[Evidence]], account: Account,
+    policy: Policy,
+) -> None:
+    """Runs the equations that an operation stands for under a trace of their own and walks that."""
+    inner = Trace()
+    for slot in operation.inputs():
+        if slot.value.base is not None:
+            inner._values[slot.value.base.untyped_storage()._cdata] = slot.value
+    with inner:
+        def tensors(argument: object) -> object:
+            if isinstance(argument, Slot):
+                return argument.read()
+            return [tensors(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
+
+        args = [tensors(a) for a in operation.args]
+        kwargs = {k: tensors(v) for k, v in operation.kwargs.items()}
+        result = expansion(operation, *args, **kwargs)  # type: ignore[operator]
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        slots = [inner.slot(r) for r in results]
+    for recorded in inner.operations:
+        recorded.module = operation.module
+    for number, evidence in arrived.items():
+        pending.setdefault(slots[number].value, []).append(evidence.at(slots[number].cells(evidence.element)))
+    _walk(inner.operations, pending, account, policy, {}, False)
+
+
+def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:
+    """The CNN's feature map: the last four-dimensional tensor with more than one position that every path from the image to the
+    target passes. None where there is no such tensor.
+
+    Args:
+        trace: the recorded pass.
+        image: where the image lies.
+        target: where the logits lie.
+    """
+    from_image: set[Value] = {image.value}
+    depending: list[Operation] = []
+    for operation in trace.operations:
+        if any(value in from_image for value in _read_values(operation)):
+            from_image.update(slot.value for slot in operation.outputs if slot is not None)
+            depending.append(operation)
+    needed: set[Value] = {target.value}
+    last_use: dict[Value, int] = {target.value: len(depending)}
+    relevant: list[tuple[int, Operation]] = []
+    for number in range(len(depending) - 1, -1, -1):
+        operation = depending[number]
+        if not any(slot is not None and slot.value in needed for slot in operation.outputs):
+            continue
+        relevant.append((number, operation))
+        for value in _read_values(operation):
+            if value in from_image:
+                needed.add(value)
+                last_use.setdefault(value, number)
+    live: set[Value] = {image.value}
+    found = image if len(image.shape) == 4 and image.value in needed else None
+    for number, operation in reversed(relevant):
+        live.update(slot.value for slot in operation.outputs if slot is not None and slot.value in last_use)
+        live = {value for value in live if last_use.get(value, -1) > number}
+        if len(live) == 1:
+            for slot in operation.outputs:
+                if slot is not None and slot.value in live and len(slot.shape) == 4 and slot.shape[2] * slot.shape[3] > 1:
+                    found = slot
+    return found if found is not image else None
+
+
+def _read_values(operation: Operation) -> set[Value]:
+    values = {slot.value for slot in operation.inputs()}
+    values.update(slot.value.previous for slot in operation.outputs if slot is not None and slot.value.previous is not None)
+    return values
