@@ -1,0 +1,152 @@
+"""Captioners by name or folder: reading and writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captionfix.errors import CaptionerError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BaseImageProcessor, PreTrainedTokenizerFast
+
+    from captionfix.captioners.captioner import Captioner
+    from captionfix.captioners.models import CaptionerModel
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+
+
+def bundled() -> dict[str, Path]:
+    """The captioners that come with the package: name -> folder."""
+    package = Path(__file__).resolve().parents[1]
+    found: dict[str, Path] = {}
+    for place in (package.parent / "models", package / "models"):  # a checkout; an installed wheel
+        if (package.parent / "pyproject.toml").exists() or place.parent == package:
+            found.update({p.parent.name: p.parent for p in sorted(place.glob("*/config.json"))})
+    return found
+
+
+def load(source: str | Path, device: str | torch.device | None = None) -> Captioner:
+    """A captioner, ready for use: in eval mode, computing in float32.
+
+    Args:
+        source: the name of a bundled captioner ("scenes", "photos", ...), a folder, or (if it is neither) the id of a
+            repository on the Hugging Face hub that holds such a folder.
+        device: where the weights go; None is the CPU.
+
+    Raises:
+        CaptionerError: there is no such captioner, its files are missing or damaged, it is another kind of model, or
+            its weights are not all finite.
+    """
+    folders = bundled()
+    if str(source) in folders:
+        return _read(folders[str(source)], str(source), device)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read(path, path.resolve().name, device)
+    if path.exists():
+        raise CaptionerError(f"{source} is a file; give the folder that holds a captioner ({', '.join(FILES)})")
+    name = str(source)
+    if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CaptionerError(f"no captioner {source}: neither a folder nor one of {', '.join(folders) or 'none bundled'}")
+    return _read(_download(name, list(folders)), name, device)
+
+
+def _download(name: str, known: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptionerError(
+            f"no captioner {name}: it is not a folder, not one of {', '.join(known) or 'none bundled'}, "
+            f"and the hub does not give it ({first})"
+        ) from error
+
+
+def _read(folder: Path, name: str, device: str | torch.device | None) -> Captioner:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from captionfix.captioners.models import FAMILIES
+    from captionfix.captioners.pretrained import PretrainedCaptioner
+
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    if missing:
+        raise CaptionerError(f"{folder} is no complete captioner: {', '.join(missing)} missing")
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = settings.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CaptionerError(f"{folder / 'config.json'} can't be read as JSON settings: {error}") from error
+    if kind not in FAMILIES:
+        raise CaptionerError(
+            f"{folder} holds a model of kind {kind!r}, not a captioner of captionfix ({', '.join(FAMILIES)}); "
+            "any other CNN + LSTM captioner can be explained after wrapping its module"
+        )
+    bars = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report on weights is checked here, not shown
+    try:
+        model, report = FAMILIES[kind].from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CaptionerError(f"{folder} can't be read as a captioner: {error}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        if type(error) is not Exception and not type(error).__module__.startswith(("huggingface_hub", "transformers")):
+            raise
+        raise CaptionerError(f"{folder} can't be read as a captioner: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    wrong = [f"{len(report[key])} {key.replace('_', ' ')}" for key in report if key.endswith("keys") and report[key]]
+    if wrong:
+        example = next(sorted(map(str, report[key]))[0] for key in report if key.endswith("keys") and report[key])
+        raise CaptionerError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong)}, such as {example}")
+    bad = [key for key, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise CaptionerError(
+            f"{len(bad)} tensors in {folder} hold NaN or infinite weights, such as {bad[0]}; the file is damaged or its "
+            "training diverged"
+        )
+    if len(tokenizer) != model.config.vocab_size:
+        raise CaptionerError(
+            f"the tokeniser in {folder} has {len(tokenizer)} words, its model {model.config.vocab_size}; "
+            "they are not of one training"
+        )
+    if device is not None:
+        model = model.to(device)
+    return PretrainedCaptioner(model, tokenizer, processor, name, settings.get("explain"))
+
+
+def write(
+    folder: Path,
+    model: CaptionerModel,
+    tokenizer: PreTrainedTokenizerFast,
+    processor: BaseImageProcessor,
+    half: bool = False,
+) -> None:
+    """Writes a captioner's five files into `folder`, weights as safetensors; `half` stores them in 16 bits."""
+    import torch
+
+    state = model.state_dict()
+    if half:
+        state = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float16" if half else "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").unlink(missing_ok=True)
