@@ -1,0 +1,98 @@
+"""Second leg: evidence at the CNN's feature map, unraveled down to the pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .captioners.captioner import Captioner
+from .unravel import Evidence, Policy, Slot, Trace, walk
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A recorded pass of the CNN over a batch of images.
+
+    Attributes:
+        features: (B, F, h, w), the feature map.
+        trace: the pass.
+        image: where the (B, C, H, W) input lies.
+        at: where the feature map lies.
+    """
+
+    features: Tensor
+    trace: Trace
+    image: Slot
+    at: Slot
+
+
+def encode(captioner: Captioner, pixels: Tensor) -> Encoded:
+    """Runs the CNN on (B, C, H, W) pixels and records it."""
+    module = getattr(captioner, "model", None)
+    with Trace(module if isinstance(module, torch.nn.Module) else None) as trace:
+        pixels = pixels.clone()  # a storage of its own
+        image = trace.slot(trace.watch("image", pixels))
+        features = captioner.encode(pixels)
+        at = trace.slot(features)
+    return Encoded(features, trace, image, at)
+
+
+@torch.inference_mode()
+def channels(features: Tensor, maps: Tensor, given: Tensor | None = None) -> Tensor:
+    """Spreads evidence on cells over their channels.
+
+    Args:
+        features: (F, h, w) one image's feature map.
+        maps: (n, h, w) evidence on cells.
+        given: (n, F, h, w) evidence on neurons, as the flow gives it; a cell's mass follows its channels where it has any. None
+            spreads in proportion to positive activation (to its size, where a cell has no positive one).
+
+    Returns:
+        (n, F, h, w), each cell's channels summing to its evidence.
+    """
+    positive = features.clamp_min(0)
+    share = torch.where(positive.sum(0) > 0, positive, features.abs())
+    share = share / share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
+    if given is None:
+        return maps[:, None] * share
+    total = given.sum(1, keepdim=True)
+    own = torch.where(total > 0, given / total.clamp_min(torch.finfo(share.dtype).tiny), share)
+    return maps[:, None] * own
+
+
+@torch.inference_mode()
+def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Unravels evidence at the feature map down to the pixels.
+
+    Args:
+        encoded: the recorded pass.
+        evidence: (n, F, h, w) mass on the feature map's neurons; n words over all images of the batch.
+        policy: what the engine keeps.
+        owner: (n,) which image of the batch a word belongs to; None: the first.
+
+    Returns:
+        (n, H, W) mass on each pixel (summed over its channels), and (n,) the mass that ended in the CNN's biases.
+    """
+    count, neurons = len(evidence), evidence[0].numel()
+    flat = evidence.flatten(1)
+    word, element = torch.nonzero(flat > 0, as_tuple=True)
+    mass = flat[word, element]
+    if owner is not None:
+        element = element + owner[word] * neurons
+    direction = torch.where(encoded.features.reshape(-1)[element] < 0, -1.0, 1.0).to(mass.dtype)
+    table = Evidence(word, element, direction, mass).pruned(policy.neurons, count)
+    account = walk(encoded.trace, [(encoded.at, table)], policy, words=count)
+    found = account.at(encoded.image)
+    height, width = encoded.image.shape[2:]
+    area = height * width
+    place = found.element.remainder(area)
+    ended = account.rest([encoded.image]) + account.bias
+    at = Evidence(found.word, place, found.direction, found.mass)
+    result = at.dense(count, area).view(count, height, width)
+    if policy.mass == "set":  # a set of pixels: all weigh the same
+        total = result.flatten(1).sum(1)
+        members = (result > 0).to(result.dtype)
+        result = members * (total / members.flatten(1).sum(1).clamp_min(1)).view(-1, 1, 1)
+    return result, ended

@@ -1,0 +1,211 @@
+"""First leg: how much each word of a caption depends on each cell of the CNN's feature map.
+
+Three ways, which need nothing of the image's pixels and meet the second leg (`captionfix.map_to_pixels`) in evidence at the feature map:
+
+- `removal`: the decoder's causal dependence. Cells are taken out, the same caption is decoded teacher-forced, and the drop of each
+  word's score counts. No gradients, any decoder, all cells in one batch.
+- `flow`: the engine's evidence from the word's logit back through the decoder, which also accounts for earlier words.
+- `attention`: the weights of a model that has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .captioners.captioner import Captioner
+from .errors import PolicyError
+from .unravel import Evidence, Policy, Slot, Trace, start, walk
+from .unravel.rules.sums import weighted
+
+Fill = Literal["zero", "mean"]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as the decoder reads it: n words, each predicted from those before it.
+
+    Attributes:
+        start: id that begins every caption.
+        ids: the words' ids.
+        contrast: for each word the id that it is explained against, or None.
+    """
+
+    start: int
+    ids: tuple[int, ...]
+    contrast: tuple[int | None, ...] = ()
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """(1, n): start and all words but the last; position k predicts word k."""
+        return torch.tensor([[self.start, *self.ids[:-1]]], device=device)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Each word's log-probability, or its log-odds against its contrast. (B, n, V) logits -> (B, n)."""
+        log_p = logits.log_softmax(-1)
+        index = torch.tensor(self.ids, device=logits.device).expand(len(logits), -1)[..., None]
+        score = log_p.gather(2, index)[..., 0]
+        for k, other in enumerate(self.contrast):
+            if other is not None:
+                score[:, k] -= log_p[:, k, other]
+        return score
+
+
+@torch.inference_mode()
+def removal(
+    captioner: Captioner, features: Tensor, caption: Caption, fill: Fill = "zero", size: int = 1, batch: int = 64
+) -> Tensor:
+    """Drop of each word's score when cells of the feature map are taken out.
+
+    Args:
+        captioner: its decoder alone is run.
+        features: (1, F, h, w), one image's feature map.
+        caption: the words.
+        fill: what a removed cell holds instead: ``"zero"``, or ``"mean"``, the map's mean over its cells.
+        size: side of the square of cells that is taken out at once, around each cell (an odd number).
+        batch: feature maps decoded at once; it bounds the memory.
+
+    Returns:
+        (n, h, w) in nats: log p(word | all cells) - log p(word | without these). Negative where a word gets likelier.
+    """
+    height, width = features.shape[2:]
+    filling = features.mean((2, 3), keepdim=True) if fill == "mean" else torch.zeros_like(features[:, :, :1, :1])
+    cells = torch.arange(height * width, device=features.device)
+    rows, columns = torch.arange(height, device=features.device), torch.arange(width, device=features.device)
+    reach = size // 2
+    tokens = caption.inputs(features.device)
+    whole = caption.scores(captioner.decode(features, tokens))
+    without = []
+    for part in cells.split(batch):
+        row, column = part // width, part % width
+        out = ((rows[None, :, None] - row[:, None, None]).abs() <= reach) & (
+            (columns[None, None, :] - column[:, None, None]).abs() <= reach)
+        changed = torch.where(out[:, None], filling, features)
+        without.append(caption.scores(captioner.decode(changed, tokens.expand(len(part), -1))))
+    return (whole - torch.cat(without)).T.reshape(-1, height, width)
+
+
+@torch.inference_mode()
+def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
+    """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses when it can
+    no longer tell one place from another."""
+    tokens = caption.inputs(features.device)
+    plain = Caption(caption.start, caption.ids)
+    blank = features.mean((2, 3), keepdim=True).expand_as(features)
+    scores = plain.scores(captioner.decode(torch.cat([features, blank]), tokens.expand(2, -1)))
+    return scores[0] - scores[1]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What the engine found in the decoder; n words, a feature map of (F, h, w), all mass of a word 1.
+
+    Attributes:
+        features: (n, F, h, w) mass at the feature map.
+        tokens: (n, n) mass on each token that was fed: the start, then the words.
+        other: (n,) mass on biases and prior states.
+        logits: (n, V) of the recorded pass.
+    """
+
+    features: Tensor
+    tokens: Tensor
+    other: Tensor
+    logits: Tensor
+
+    @property
+    def image_share(self) -> Tensor:
+        """(n,) the part of each word's mass that came from the image."""
+        return self.features.sum((1, 2, 3))
+
+
+def flow(
+    captioner: Captioner, features: Tensor, caption: Caption, policy: Policy, target: Literal["logit", "alternatives"] = "logit"
+) -> Flow:
+    """Evidence from each word back through the decoder.
+
+    Args:
+        captioner: its decoder is recorded once.
+        features: (1, F, h, w).
+        caption: the words.
+        policy: what the engine keeps.
+        target: where mass starts: ``"logit"``, the word's own logit, or ``"alternatives"``, the logit minus the mean logit of the
+            words that the model finds likely, sum_v p(v) logit(v). A word with a contrast starts from logit(word) - logit(contrast).
+    """
+    tokens = caption.inputs(features.device)
+    module = getattr(captioner, "model", None)
+    with Trace(module if isinstance(module, torch.nn.Module) else None) as trace:
+        features, tokens = features.clone(), tokens.clone()
+        at_features = trace.slot(trace.watch("features", features))
+        at_tokens = trace.slot(trace.watch("tokens", tokens))
+        logits = captioner.decode(features, tokens)
+        at_logits = trace.slot(logits)
+    with torch.inference_mode():
+        found = _targets(trace, at_logits, logits, caption, policy, target)
+        account = walk(trace, [found[:2]], policy, words=len(caption.ids))
+        shape = features.shape[1:]
+        count = len(caption.ids)
+        return Flow(
+            account.at(at_features).dense(count, features.numel()).view(count, *shape),
+            account.at(at_tokens).dense(count, tokens.numel()),
+            account.rest([at_features, at_tokens]) + account.bias + found[2],
+            logits[0],
+        )
+
+
+def _targets(
+    trace: Trace, slot: Slot, logits: Tensor, caption: Caption, policy: Policy, target: str
+) -> tuple[Slot, Evidence, Tensor]:
+    """Where mass starts: a tensor, evidence on it, and what had to go to the bias at once."""
+    count, vocabulary = len(caption.ids), logits.shape[-1]
+    ids = torch.tensor(caption.ids, device=logits.device)
+    at = torch.arange(count, device=logits.device) * vocabulary + ids
+    contrasts = caption.contrast or (None,) * count
+    if target == "logit" and not any(c is not None for c in contrasts):
+        return slot, start(slot, at), logits.new_zeros(count)
+    # a difference of logits is one sum over the output layer's inputs, in which what both words share cancels
+    producer = slot.value.producer
+    if producer is None or producer.name != "linear":
+        raise PolicyError("the flow from a word against others needs logits that come straight out of a linear layer; use removal")
+    x, weight = producer.args[0], producer.args[1].read()
+    against = logits[0].softmax(-1) if target == "alternatives" else torch.zeros_like(logits[0])
+    own = target == "alternatives"
+    rows = weight[ids] - (against @ weight if own else 0)
+    for k, other in enumerate(contrasts):
+        if other is not None:
+            rows[k] = weight[ids[k]] - weight[other]
+    index = torch.arange(count, device=logits.device)[:, None] * x.shape[-1] + torch.arange(x.shape[-1], device=logits.device)
+    link = weighted(x, index, rows, torch.ones_like(rows[:, 0]), policy.linear_kept, policy)
+    word = torch.arange(count, device=logits.device)[:, None].expand_as(link.index)
+    evidence = Evidence(word.reshape(-1), link.index.reshape(-1), link.direction.expand_as(link.share).reshape(-1), link.share.reshape(-1))
+    return x, evidence.where(evidence.mass > 0), 1 - link.share.sum(1)
+
+
+@torch.inference_mode()
+def attention(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
+    """(n, h, w): the model's attention weights for each word.
+
+    Raises:
+        PolicyError: the captioner has none.
+    """
+    weights = captioner.attention(features, caption.inputs(features.device))
+    if weights is None:
+        raise PolicyError(f"captioner {captioner.name!r} has no attention weights; use method='removal' or 'flow'")
+    return weights[0]
+
+
+def normalised(maps: Tensor | Sequence[Tensor]) -> Tensor:
+    """(n, ...) maps with negative parts cut, each scaled to sum 1 (all 0 where nothing is positive)."""
+    table = maps if isinstance(maps, Tensor) else torch.stack(list(maps))
+    table = table.clamp_min(0)
+    total = table.flatten(1).sum(1).view(-1, *[1] * (table.dim() - 1))
+    return torch.where(total > 0, table / total.clamp_min(torch.finfo(table.dtype).tiny), torch.zeros_like(table))
+
+
+def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
+    """(n, h, w): removal and flow together, as the geometric mean of their normalised maps."""
+    away = normalised(removal(captioner, features, caption))
+    along = normalised(found.features.sum(1))
+    return normalised((away * along).sqrt())
