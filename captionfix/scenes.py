@@ -161,9 +161,9 @@ class Scene:
         caption: the words, joined by spaces.
         words: the caption's words.
         kinds: per word "size", "surface", "colour", "shape", "relation" or "other".
-        referents: per word the indices of the things it is about (none for "a").
-        things: in order of mention; those after the second are not mentioned.
-        owner: (H, W) uint8, which thing is seen at a pixel: 0 the background, k the thing ``things[k - 1]``.
+        referents: per word the indices of the objects it is about (none for "a").
+        objects: the things in order of mention; a third is not mentioned.
+        owner: (H, W) uint8, which thing is seen at a pixel: 0 the background, k the thing ``objects[k - 1]``.
         seed: the scene's seed within its split.
         split: "train", "test" or "held-out".
     """
@@ -173,15 +173,10 @@ class Scene:
     words: tuple[str, ...]
     kinds: tuple[str, ...]
     referents: tuple[tuple[int, ...], ...]
-    things: tuple[Thing, ...]
+    objects: tuple[Thing, ...]
     owner: NDArray[np.uint8]
     seed: int
     split: str
-
-    @property
-    def objects(self) -> tuple[Thing, ...]:
-        """The same as ``things``."""
-        return self.things
 
     def mask(self, word: int) -> NDArray[np.bool_]:
         """Where the pixels that a word is about are seen: (H, W) bool."""
