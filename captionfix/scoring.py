@@ -12,7 +12,7 @@ from captionfix.errors import DataError
 
 if TYPE_CHECKING:
     from captionfix.captioners.captioner import Captioner
-    from captionfix.train import Captioned
+    from captionfix.train_data import Captioned
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,14 @@ def score_captions(captioner: Captioner, examples: Sequence[Captioned], beams: i
     """Corpus BLEU (nltk) of generated captions; words lower-cased, punctuation removed, on both sides.
 
     Raises:
-        DataError: nltk is not installed, or an image has no caption.
+        DataError: there is no image.
     """
     import torch
+    from nltk.translate.bleu_score import corpus_bleu
 
     from captionfix.captioners.words import split
     from captionfix.images import read_image
 
-    try:
-        from nltk.translate.bleu_score import corpus_bleu
-    except ImportError as error:
-        raise DataError("scores need nltk: install captionfix[train]") from error
     if not examples:
         raise DataError("no image to score on")
     said = []

@@ -1,1 +1,1 @@
-"""Captioners: image -> words -> logits. The project's two model families, their folders, and what a captioner must offer."""
+"""Captioners: image -> words -> logits. What a captioner must offer, the two families, their folders."""

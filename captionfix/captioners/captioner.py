@@ -1,4 +1,4 @@
-"""What a captioner is: an image becomes a tensor, a tensor a feature map, a feature map and words the logits of the next words."""
+"""What a captioner is: an image becomes a feature map, the map and some words the logits of the next word."""
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captionfix.errors import CaptionerError
 
@@ -16,6 +18,22 @@ if TYPE_CHECKING:
     from captionfix.captioners.models import CaptionerModel
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from progress bars and from anything less than an error."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def bundled() -> dict[str, Path]:
@@ -50,7 +68,8 @@ def load(source: str | Path, device: str | torch.device | None = None) -> Captio
         raise CaptionerError(f"{source} is a file; give the folder that holds a captioner ({', '.join(FILES)})")
     name = str(source)
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CaptionerError(f"no captioner {source}: neither a folder nor one of {', '.join(folders) or 'none bundled'}")
+        known = ", ".join(folders) or "the bundled ones (none here)"
+        raise CaptionerError(f"no captioner {source}: it is neither a folder nor one of {known}")
     return _read(_download(name, list(folders)), name, device)
 
 
@@ -72,7 +91,6 @@ def _read(folder: Path, name: str, device: str | torch.device | None) -> Caption
     import torch
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, PreTrainedTokenizerFast
-    from transformers.utils import logging
 
     from captionfix.captioners.models import FAMILIES
     from captionfix.captioners.pretrained import PretrainedCaptioner
@@ -90,35 +108,29 @@ def _read(folder: Path, name: str, device: str | torch.device | None) -> Caption
             f"{folder} holds a model of kind {kind!r}, not a captioner of captionfix ({', '.join(FAMILIES)}); "
             "any other CNN + LSTM captioner can be explained after wrapping its module"
         )
-    bars = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report on weights is checked here, not shown
+    family: Any = FAMILIES[kind]
     try:
-        model, report = FAMILIES[kind].from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        with quiet():  # its report on weights is checked below, not shown
+            model, report = family.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CaptionerError(f"{folder} can't be read as a captioner: {error}") from error
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         if type(error) is not Exception and not type(error).__module__.startswith(("huggingface_hub", "transformers")):
             raise
         raise CaptionerError(f"{folder} can't be read as a captioner: {error}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     wrong = [f"{len(report[key])} {key.replace('_', ' ')}" for key in report if key.endswith("keys") and report[key]]
     if wrong:
         example = next(sorted(map(str, report[key]))[0] for key in report if key.endswith("keys") and report[key])
-        raise CaptionerError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong)}, such as {example}")
+        raise CaptionerError(f"weights in {folder} do not fit its config.json: {', '.join(wrong)}, such as {example}")
     bad = [key for key, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
         raise CaptionerError(
-            f"{len(bad)} tensors in {folder} hold NaN or infinite weights, such as {bad[0]}; the file is damaged or its "
-            "training diverged"
+            f"{len(bad)} tensors in {folder} hold NaN or infinite weights, such as {bad[0]}; the file is damaged "
+            "or its training diverged"
         )
     if len(tokenizer) != model.config.vocab_size:
         raise CaptionerError(
@@ -143,9 +155,10 @@ def write(
     state = model.state_dict()
     if half:
         state = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
-    model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float16" if half else "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

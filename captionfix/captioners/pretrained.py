@@ -58,8 +58,8 @@ class PretrainedCaptioner(Captioner):
         return self.model.device
 
     def prepare(self, image: Image.Image) -> Prepared:
-        # As an array: transformers 5 and 4 both take it, and a picture one pixel high is no channel order to guess.
-        array = np.asarray(image.convert("RGB"))
+        # As an array with its layout said: the processor would have to guess that of a picture one pixel high.
+        array = np.array(image.convert("RGB"))
         pixels = self.processor(array, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
         return Prepared(pixels.float(), image.size, (0.0, 0.0, float(image.width), float(image.height)))
 
@@ -107,7 +107,7 @@ class PretrainedCaptioner(Captioner):
             min_new_tokens=1,
             num_beams=1 if sample else beams,
             do_sample=sample,
-            top_k=0,
+            **({"top_k": 0} if sample else {}),
             length_penalty=1.0,
             early_stopping=False,
             bos_token_id=v.start,
@@ -130,12 +130,10 @@ class PretrainedCaptioner(Captioner):
         if not ids:
             raise CaptionError(f"the caption {caption!r} has no words; give at least one")
         if len(ids) > self.max_words:
-            raise CaptionError(f"the caption has {len(ids)} words, {self.name} takes at most {self.max_words}; shorten it")
+            raise CaptionError(f"the caption has {len(ids)} words, {self.name} takes at most {self.max_words}")
         if unknown == "error" and self.vocabulary.unknown in ids:
             missing = sorted({word for word in words if self.vocabulary.id(word) is None})
-            raise CaptionError(
-                f"{self.name} does not know: {', '.join(missing)}; use other words, or unknown='map' to read them as <unk>"
-            )
+            raise CaptionError(f"{self.name} does not know: {', '.join(missing)}; use other words, or unknown='map'")
         return tuple(ids)
 
     def save(self, folder: str | Path, half: bool = False) -> None:
