@@ -1,0 +1,1 @@
+"""Pictures of explanations. Needs results alone: no torch, no captioner."""
