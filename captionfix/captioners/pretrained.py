@@ -126,7 +126,9 @@ class PretrainedCaptioner(Captioner):
         from captionfix.captioners.words import split
 
         words = split(caption)
-        ids = [i for i in self.tokenizer(caption)["input_ids"] if i not in (self.vocabulary.start, self.vocabulary.end)]
+        # A person's "<end>" is the word "end", not the special one.
+        encoded = self.tokenizer(caption, split_special_tokens=True)["input_ids"]
+        ids = [i for i in encoded if i not in (self.vocabulary.start, self.vocabulary.end)]
         if not ids:
             raise CaptionError(f"the caption {caption!r} has no words; give at least one")
         if len(ids) > self.max_words:
