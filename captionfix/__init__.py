@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from captionfix.captioners.captioner import Captioner as Captioner
     from captionfix.captioners.loading import load as load
     from captionfix.errors import CaptionerError as CaptionerError
     from captionfix.errors import CaptionError as CaptionError
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
     from captionfix.explanation import Explanation as Explanation
     from captionfix.explanation import Word as Word
     from captionfix.explanation import read as read
+    from captionfix.unravel import Policy as Policy
 
 _PUBLIC = {
     "load": "captionfix.captioners.loading",
     "explain": "captionfix.explain",
+    "Captioner": "captionfix.captioners.captioner",
+    "Policy": "captionfix.unravel",
     "Explanation": "captionfix.explanation",
     "Word": "captionfix.explanation",
     "read": "captionfix.explanation",

@@ -114,7 +114,7 @@ def specific(maps: NDArray[np.floating]) -> Floats:
 
 
 def resize(grid_map: NDArray[np.floating], size: tuple[int, int], window: Box) -> Floats:
-    """A map on the grid of the CNN's input, bilinearly on the original's pixels.
+    """A map on the grid of the CNN's input, bilinearly on the original's pixels (averaged where those are larger).
 
     Args:
         grid_map: (grid height, grid width).
@@ -236,20 +236,17 @@ def _gaussian(length: int, sigma: float) -> NDArray[np.float64]:
 
 
 def _interpolation(length: int, cells: int, low: float, high: float) -> Floats:
-    """(length, cells): bilinear weights of the grid's cells, which span low..high, at the centres of ``length``
-    pixels.
+    """(length, cells): weights of the grid's cells, which span low..high, at ``length`` pixels.
+
+    Bilinear; where a pixel is larger than a cell the triangle is as wide as the pixel, so that no cell is passed over.
     """
-    centres = np.arange(length) + 0.5
-    at = (centres - low) / (high - low) * cells - 0.5
+    per_pixel = cells / (high - low)
+    at = (np.arange(length) + 0.5 - low) * per_pixel - 0.5
     inside = (at >= -0.5) & (at <= cells - 0.5)
-    at = np.clip(at, 0, cells - 1)
-    left = np.minimum(np.floor(at).astype(np.int64), max(cells - 2, 0))
-    part = at - left
-    matrix = np.zeros((length, cells), dtype=np.float32)
-    rows = np.arange(length)
-    matrix[rows, left] = 1 - part
-    matrix[rows, np.minimum(left + 1, cells - 1)] += part
-    return matrix * inside[:, None].astype(np.float32)
+    distance = np.abs(at[:, None] - np.arange(cells)[None, :])
+    matrix = np.maximum(1 - distance / max(1.0, per_pixel), 0) * inside[:, None]
+    total = matrix.sum(axis=1, keepdims=True)
+    return (matrix / np.where(total > 0, total, 1)).astype(np.float32)
 
 
 def _central(
@@ -259,7 +256,8 @@ def _central(
     ordered = values[order].astype(np.float64)
     rising = np.cumsum(mass[order].astype(np.float64))
     tail = (1 - share) / 2 * rising[-1]
-    first = int(np.searchsorted(rising, tail, side="right"))
-    last = int(np.searchsorted(rising, rising[-1] - tail - 1e-12 * rising[-1], side="left"))
+    little = 1e-9 * rising[-1]
+    first = int(np.searchsorted(rising, tail + little, side="right"))
+    last = int(np.searchsorted(rising, rising[-1] - tail - little, side="left"))
     first, last = min(first, len(ordered) - 1), min(last, len(ordered) - 1)
     return max(0.0, float(ordered[first]) - half), min(float(limit), float(ordered[last]) + half)
