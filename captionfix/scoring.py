@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,5 +98,7 @@ def score_captions(captioner: Captioner, examples: Sequence[Captioned], beams: i
         rows = captioner.generate(torch.stack(batch).to(captioner.device), beams=beams)
         said += [split(captioner.text(ids)) for ids in rows]
     references = [[split(caption) for caption in entry.captions] for entry in examples]
-    scores = [float(corpus_bleu(references, said, weights=(1 / n,) * n)) for n in (1, 2, 3, 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk says that no overlap is a score of 0
+        scores = [float(corpus_bleu(references, said, weights=(1 / n,) * n)) for n in (1, 2, 3, 4)]
     return CaptionScore(len(examples), beams, (scores[0], scores[1], scores[2], scores[3]))

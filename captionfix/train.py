@@ -8,7 +8,6 @@ where it was cut off. Several processes: `torchrun --nproc-per-node N -m caption
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -141,7 +140,7 @@ def train_scenes(
     run = Run(model, tokenizer, SIDE, place, check=lambda c: str(score_scenes(c, 200)))
     examples = Examples(
         encode_captions(tokenizer, [[caption] for caption in captions], longest),
-        lambda i: images[i].transpose(2, 0, 1),
+        lambda i, _: images[i].transpose(2, 0, 1),
         "pixel_values",
         tokenizer.pad_token_id,
     )
@@ -268,11 +267,18 @@ def train_images(
     run = Run(model, tokenizer, size, place, half=half, check=check)
     captions = encode_captions(tokenizer, [entry.captions for entry in examples], max_words)
     features = _keep_features(model, examples, place / "features.npy", size)
-    first = Examples(captions, lambda i: features[i, random.randrange(2)], "features", tokenizer.pad_token_id, 5)
+    first = Examples(
+        captions, lambda i, rng: features[i, rng.randrange(2)], "features", tokenizer.pad_token_id, 5, seed
+    )
     common = {"precision": precision, "seed": seed, "save_every": save_every, "max_steps": max_steps}
     fit(model, first, Fit(epochs, batch, rate, 0.0, **common), place / "decoder", run.export, run.report)  # type: ignore[arg-type]
     second = Examples(
-        captions, lambda i: mirror(read_square(examples[i].image, size)), "pixel_values", tokenizer.pad_token_id, 5
+        captions,
+        lambda i, rng: mirror(read_square(examples[i].image, size), rng),
+        "pixel_values",
+        tokenizer.pad_token_id,
+        5,
+        seed,
     )
     tune = Fit(tune_epochs, batch, tune_rate, cnn_rate, warmup=50, **common)  # type: ignore[arg-type]
     fit(model, second, tune, place / "tune", run.export, run.report)

@@ -79,29 +79,37 @@ def _checked(found: list[Captioned], source: Path) -> list[Captioned]:
 
 @dataclass
 class Examples:
-    """A data set for the Trainer: item i is `(kind, array, captions)`; `collate` makes a batch of them.
+    """A data set for the Trainer: item i is an array and captions; `collate` makes a batch of them.
+
+    What is drawn for an item (which captions, a mirror image) depends on seed, epoch and index alone, so a training
+    that goes on after an interruption sees what it would have seen.
 
     Attributes:
         captions: word ids from start to end, per image.
-        read: index -> (C, H, W) or (F, h, w) array: uint8 pixels in 0..255 or features.
+        read: index and random generator -> (C, H, W) or (F, h, w) array: uint8 pixels in 0..255 or features.
         name: "pixel_values" or "features".
         pad: the id that fills up.
         each: captions of an image in a batch (some twice where it has fewer).
+        seed: of the drawing.
+        epoch: `fit` sets it.
     """
 
     captions: Sequence[Sequence[Sequence[int]]]
-    read: Callable[[int], np.ndarray]
+    read: Callable[[int, random.Random], np.ndarray]
     name: str
     pad: int
     each: int = 1
+    seed: int = 0
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[Sequence[int]]]:
         own = list(self.captions[index])
-        chosen = random.sample(own, min(self.each, len(own)))
-        return self.read(index), chosen + random.choices(own, k=self.each - len(chosen))
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        chosen = rng.sample(own, min(self.each, len(own)))
+        return self.read(index, rng), chosen + rng.choices(own, k=self.each - len(chosen))
 
     def collate(self, items: list[tuple[np.ndarray, list[Sequence[int]]]]) -> dict[str, torch.Tensor]:
         import torch
@@ -161,5 +169,6 @@ def read_square(path: Path, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def mirror(array: np.ndarray) -> np.ndarray:
-    return array[:, :, ::-1].copy() if random.random() < 0.5 else array
+def mirror(array: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The (C, H, W) array or, as often, its mirror image."""
+    return array[:, :, ::-1].copy() if rng.random() < 0.5 else array

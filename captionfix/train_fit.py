@@ -75,6 +75,10 @@ def fit(
         return
 
     class Export(TrainerCallback):
+        # Not as the data set's `set_epoch`: accelerate would call that with 0 in the epoch in which a training goes on.
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            examples.epoch = int(state.epoch or 0)
+
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 was = model.training

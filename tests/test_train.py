@@ -1,0 +1,223 @@
+"""Training: data in, the same weights after an interruption, the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, ResNetConfig
+from typer.testing import CliRunner
+
+from captionfix.captioners.loading import load
+from captionfix.errors import CaptionerError, DataError, OutputError
+from captionfix.scoring import score_captions, score_scenes
+from captionfix.train import train_coco, train_photos, train_scenes
+from captionfix.train_cli import app
+from captionfix.train_data import encode_captions, read_coco, read_lines
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+TINY = {"size": 32, "hidden": 16, "epochs": 2, "tune_epochs": 2, "batch": 2, "at_least": 1, "save_every": 2}
+
+
+@pytest.fixture
+def cnn(tmp_path):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    AutoModel.from_config(config).save_pretrained(tmp_path / "cnn")
+    return tmp_path / "cnn"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six plain pictures in the lines format, and the same as COCO."""
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    lines, images, annotations = [], [], []
+    for i in range(6):
+        name = list(COLOURS)[i % 2]
+        noise = np.random.default_rng(i).integers(-20, 20, (40, 50, 3))
+        picture = Image.fromarray((np.array(COLOURS[name]) + noise).clip(0, 255).astype(np.uint8))
+        picture.save(folder / "images" / f"{i}.jpg")
+        captions = [f"A {name} wall.", f"The wall is {name}, all {name}."][: 1 + i % 2]
+        words = [{"words": caption.replace(".", " .").split()} for caption in captions]
+        lines.append(json.dumps({"photo": f"{i}.jpg", "width": 50, "height": 40, "captions": words}))
+        images.append({"id": 10 + i, "file_name": f"{i}.jpg"})
+        annotations += [{"image_id": 10 + i, "caption": caption} for caption in captions]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "dev.jsonl").write_text("\n".join(lines[:2]))
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+def weights(folder):
+    return load(folder).model.state_dict()
+
+
+class Interrupted(Exception):
+    """Stands for the process's end."""
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_interrupted_training_ends_at_the_same_weights(data, cnn, tmp_path, monkeypatch, stage):
+    from captionfix.train_fit import Run
+
+    whole = train_photos(data, tmp_path / "whole", cnn=cnn, half=False, **TINY)
+    export, calls = Run.export, []
+
+    def interrupted(run):
+        export(run)
+        calls.append(1)
+        if len(calls) == {1: 2, 2: 6}[stage]:  # at 2, 4, 6 steps of a stage, and at its end
+            raise Interrupted
+
+    monkeypatch.setattr(Run, "export", interrupted)
+    with pytest.raises(Interrupted):
+        train_photos(data, tmp_path / "again", cnn=cnn, half=False, **TINY)
+    assert load(tmp_path / "again.work" / "latest").max_words == 20  # usable while training runs
+    assert not (tmp_path / "again").exists()
+    monkeypatch.setattr(Run, "export", export)
+    again = train_photos(data, tmp_path / "again", cnn=cnn, half=False, **TINY)
+    a, b = weights(whole), weights(again)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_weight_of_the_cnn_is_trained_on(data, cnn, tmp_path):
+    out = train_coco(
+        data / "captions.json", data / "images", tmp_path / "out", cnn=cnn, cnn_rate=1e-2, half=False, **TINY
+    )
+    before = AutoModel.from_pretrained(cnn).state_dict()
+    after = load(out).model.encoder.cnn.state_dict()
+    trained = [key for key in before if key.endswith(("weight", "bias"))]
+    assert len(trained) > 10
+    assert all(not torch.equal(before[key], after[key].to(before[key])) for key in trained)
+    assert all(torch.equal(before[key], after[key]) for key in before if "running" in key)  # frozen norms
+
+
+def test_training_learns(data, cnn, tmp_path):
+    """Two colours are told apart after a hundred steps, by both families."""
+    for family in ("show-attend-tell", "show-tell"):
+        out = train_photos(
+            data,
+            tmp_path / family,
+            cnn=cnn,
+            family=family,
+            **{**TINY, "epochs": 35, "tune_epochs": 1, "rate": 1e-2, "dropout": 0.0, "save_every": 1000},
+        )
+        captioner = load(out)
+        examples = read_lines(data / "train.jsonl", data / "images")
+        for entry in examples:
+            pixels = captioner.prepare(Image.open(entry.image)).pixels[None]
+            said = captioner.text(captioner.generate(pixels, beams=1)[0])
+            assert next(name for name in COLOURS if name in entry.captions[0]) in said.split()
+        assert score_captions(captioner, examples).bleu[0] > 0.9
+
+
+def test_scenes(tmp_path):
+    out = train_scenes(tmp_path / "scenes", scenes=16, batch=8, hidden=16, max_steps=2, save_every=2)
+    captioner = load(out)
+    score = score_scenes(captioner, 6)
+    assert 0 <= score.words <= 1
+    assert set(score.kinds) == {"size", "surface", "colour", "shape", "relation", "other"}
+    assert score_scenes(captioner, 6) == score
+    second = train_scenes(
+        tmp_path / "tell", family="show-tell", start=out, scenes=16, batch=8, hidden=16, max_steps=1, save_every=1
+    )
+    assert captioner.vocabulary == load(second).vocabulary
+
+
+def test_scores_are_right_for_a_captioner_that_knows(tmp_path):
+    """A captioner that says the truth scores 1, one that says one fixed caption what counting by hand gives."""
+    from captionfix.scenes import scene
+
+    captioner = load(train_scenes(tmp_path / "s", scenes=64, batch=8, hidden=16, max_steps=1, save_every=9))
+    captions = [scene(i, split="test").caption for i in range(4)]
+
+    class Fixed:
+        def __init__(self, truths):
+            self.truths = [captioner.tokenize(caption) for caption in truths]
+
+        def __getattr__(self, name):
+            return getattr(captioner, name)
+
+        def decode(self, features, tokens):
+            logits = torch.zeros(*tokens.shape, len(captioner.vocabulary))
+            for i, ids in enumerate(self.truths):
+                for t, word in enumerate(ids[: tokens.shape[1]]):
+                    logits[i, t, word] = 1
+            return logits
+
+        def generate(self, pixels, beams=3):
+            return self.truths
+
+    perfect = score_scenes(Fixed(captions), 4)
+    assert (perfect.words, perfect.captions) == (1, 1)
+    same = score_scenes(Fixed([captions[0]] * 4), 4)
+    pairs = [(a, b) for c in captions for a, b in zip(c.split(), captions[0].split(), strict=False)]
+    total = sum(len(c.split()) for c in captions)
+    assert same.words == pytest.approx(sum(a == b for a, b in pairs) / total)
+    assert same.captions == 0.25
+
+
+def test_long_captions_are_cut_and_empty_ones_left_out():
+    from captionfix.captioners.words import SPECIAL, word_tokenizer
+
+    tokenizer = word_tokenizer([*SPECIAL, "a", "b"])
+    assert encode_captions(tokenizer, [["a b a b", " . "], ["x"]], 3) == [[[1, 4, 5, 4, 2]], [[1, 3, 2]]]
+
+
+def test_readers_agree(data):
+    lines = read_lines(data / "train.jsonl", data / "images")
+    coco = read_coco(data / "captions.json", data / "images")
+    assert [entry.image for entry in lines] == [entry.image for entry in coco]
+    assert [len(entry.captions) for entry in lines] == [1, 2, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "line 1"), ('{"photo": "0.jpg"}', "captions"), ("", "no captioned image"), ("[]", "line 1")],
+)
+def test_bad_lines(data, content, message):
+    (data / "bad.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_lines(data / "bad.jsonl", data / "images")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}', '{"images": [], "annotations": []}'])
+def test_bad_coco(data, content):
+    (data / "bad.json").write_text(content)
+    with pytest.raises(DataError):
+        read_coco(data / "bad.json", data / "images")
+
+
+def test_missing_data(data, cnn, tmp_path):
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        train_photos(tmp_path, tmp_path / "out", cnn=cnn)
+    (data / "images" / "3.jpg").unlink()
+    with pytest.raises(DataError, match=r"3\.jpg"):
+        train_photos(data, tmp_path / "out", cnn=cnn)
+
+
+def test_bad_cnn_and_output(data, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(OutputError, match="not empty"):
+        train_photos(data, tmp_path / "full", cnn=tmp_path)
+    with pytest.raises(CaptionerError, match="CNN"):
+        train_photos(data, tmp_path / "out", cnn=tmp_path / "none")
+
+
+def test_command_line(data, cnn, tmp_path):
+    out = tmp_path / "out"
+    run = CliRunner().invoke(
+        app,
+        [*f"photos {data} --out {out} --cnn {cnn} --max-steps 1 --at-least 1 --hidden 16 --batch 2".split()],
+    )
+    assert run.exit_code == 0, run.output
+    assert f"wrote {out}" in run.output.replace("\n", "")
+    run = CliRunner().invoke(app, ["score", str(out), "--photos", str(data)])
+    assert "2 images, beam 3: BLEU-1" in run.output
+    assert isinstance(CliRunner().invoke(app, ["score", str(out)]).exception, DataError)
