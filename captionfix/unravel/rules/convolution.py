@@ -76,6 +76,9 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
             column = group[part, None] * channels + torch.arange(channels, device=neurons.device)
             seen = rows[row[part, :, None], column[:, None, :]]
         contributions = seen * weights[filters[part]] * direction[part, None, None]
+        padding = positions[part] < 0
+        if policy.opposed == "input":  # padding's zero is no input, even where it is the least opposed
+            contributions = torch.where(padding[:, :, None], -torch.inf, contributions)
         column, share = _kept(contributions, policy, geometry)
         tap, channel = column.div(channels, rounding_mode="floor"), column.remainder(channels)
         chosen = seen.flatten(1).gather(1, column)
@@ -84,8 +87,9 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
         towards = sign(chosen)
         if policy.opposed == "input":
             towards = direction[part, None] * sign(weights[filters[part]].flatten(1).gather(1, column))
-        if policy.location == "centre":  # a window that reaches into the padding may have its centre there
-            share = torch.where(positions[part].gather(1, tap) < 0, torch.zeros_like(share), share)
+        if policy.location == "centre" or policy.opposed == "input":
+            # a window that reaches into the padding may have its centre there, or lie in it altogether
+            share = torch.where(padding.gather(1, tap), torch.zeros_like(share), share)
         links.append(Link(slot, index, share, towards))
     return [concatenated(links)]
 
@@ -96,7 +100,8 @@ def _kept(contributions: Tensor, policy: Policy, geometry: Geometry) -> tuple[Te
         return split(contributions.flatten(1), policy.convolutions, policy)
     # Algorithm 1: the channel with the largest summed contribution, then the location inside it
     taps, channels = contributions.shape[1:]
-    total, channel = contributions.sum(1).max(1, keepdim=True)
+    summed = contributions if policy.opposed == "bias" else contributions.where(contributions > -torch.inf, 0)
+    total, channel = summed.sum(1).max(1, keepdim=True)
     inside = contributions.gather(2, channel[:, None].expand(-1, taps, 1))[..., 0]
     best, tap = inside.max(1, keepdim=True)
     if policy.location == "centre":

@@ -28,11 +28,15 @@ def weighted(slot: Slot, index: Tensor, weights: Tensor | None, direction: Tenso
     x = slot.take(index.clamp_min(0))
     x = torch.where(index < 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
     contributions = (x if weights is None else x * weights) * direction[:, None]
+    if policy.opposed == "input":  # padding's zero is no input, even where it is the least opposed
+        contributions = torch.where(index < 0, -torch.inf, contributions)
     column, share = split(contributions, keep, policy)
+    if policy.opposed == "input":
+        share = torch.where(index.gather(1, column) < 0, torch.zeros_like(share), share)
     chosen = x.gather(1, column)
     towards = sign(chosen)
-    if policy.opposed == "input" and weights is not None:
-        towards = direction[:, None] * sign(weights.gather(1, column))
+    if policy.opposed == "input":
+        towards = direction[:, None] if weights is None else direction[:, None] * sign(weights.gather(1, column))
     return Link(slot, index.gather(1, column).clamp_min(0), share, towards)
 
 
