@@ -91,12 +91,14 @@ def removal(
 @torch.inference_mode()
 def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
     """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses when it can
-    no longer tell one place from another."""
+    no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that; for it every cell is set
+    to zero instead."""
     tokens = caption.inputs(features.device)
     plain = Caption(caption.start, caption.ids)
-    blank = features.mean((2, 3), keepdim=True).expand_as(features)
-    scores = plain.scores(captioner.decode(torch.cat([features, blank]), tokens.expand(2, -1)))
-    return scores[0] - scores[1]
+    mean = features.mean((2, 3), keepdim=True).expand_as(features)
+    whole, blank, zero = plain.scores(captioner.decode(torch.cat([features, mean, torch.zeros_like(features)]), tokens.expand(3, -1)))
+    pooled = torch.allclose(whole, blank, atol=1e-4)
+    return whole - (zero if pooled else blank)
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,25 @@ class Evidence:
         element: int64, a row-major element number of a tensor, or a cell of a storage.
         direction: +1 or -1 (floating): whether the word wants the element higher or lower.
         mass: >= 0. A word starts with 1 in all.
+        distinct: whether it is known that no two rows have the same word, element and direction, and that rows are sorted by word.
     """
 
     word: Tensor
     element: Tensor
     direction: Tensor
     mass: Tensor
+    distinct: bool = False
 
     def __len__(self) -> int:
         return len(self.word)
 
     def where(self, keep: Tensor) -> Evidence:
         """The rows that a boolean mask or an index keeps."""
-        return Evidence(self.word[keep], self.element[keep], self.direction[keep], self.mass[keep])
+        return Evidence(self.word[keep], self.element[keep], self.direction[keep], self.mass[keep], self.distinct and keep.dtype == torch.bool)
 
     def at(self, element: Tensor) -> Evidence:
         """The same rows at other elements."""
-        return Evidence(self.word, element, self.direction, self.mass)
+        return Evidence(self.word, element, self.direction, self.mass, self.distinct)
 
     def per_word(self, words: int) -> Tensor:
         """Mass of each word, (words,)."""
@@ -46,7 +48,7 @@ class Evidence:
 
     def merged(self) -> Evidence:
         """One row for each (word, element, direction), sorted; rows without mass are dropped."""
-        if len(self) == 0:
+        if len(self) == 0 or self.distinct:
             return self
         span = self.element.max() + 1
         key = (self.word * span + self.element) * 2 + (self.direction > 0)
@@ -54,25 +56,30 @@ class Evidence:
         mass = self.mass.new_zeros(len(key)).index_add_(0, where, self.mass)
         both = key.div(2, rounding_mode="floor")
         direction = (key.remainder(2) * 2 - 1).to(self.direction.dtype)
-        merged = Evidence(both.div(span, rounding_mode="floor"), both.remainder(span), direction, mass)
+        merged = Evidence(both.div(span, rounding_mode="floor"), both.remainder(span), direction, mass, True)
         return merged if bool((mass > 0).all()) else merged.where(mass > 0)
 
     def pruned(self, budget: int | None, words: int) -> Evidence:
-        """At most ``budget`` rows a word, the heaviest, scaled so that each word keeps its mass. Rows must be merged."""
+        """At most ``budget`` rows a word, the heaviest, scaled so that each word keeps its mass. Rows must be sorted by word
+        (as `merged` leaves them)."""
         if budget is None or len(self) <= budget:
             return self
         counts = torch.bincount(self.word, minlength=words)
         if int(counts.max()) <= budget:
             return self
-        order = torch.argsort(self.mass, descending=True, stable=True)
-        order = order[torch.argsort(self.word[order], stable=True)]  # by word, the heaviest first
-        first = torch.cumsum(counts, 0) - counts
-        rank = torch.arange(len(self), device=self.mass.device) - first[self.word[order]]
-        kept = self.where(order[rank < budget])
+        # one row of a matrix for each word, filled up with -1
+        rank = torch.arange(len(self), device=self.mass.device) - (torch.cumsum(counts, 0) - counts)[self.word]
+        table = self.mass.new_full((words, int(counts.max())), -1.0)
+        table[self.word, rank] = self.mass
+        value, column = table.topk(budget, 1)
+        taken = torch.zeros_like(table, dtype=torch.bool).scatter_(1, column, value >= 0)
+        kept = self.where(taken[self.word, rank])
         scale = self.per_word(words) / kept.per_word(words).clamp_min(torch.finfo(self.mass.dtype).tiny)
-        return Evidence(kept.word, kept.element, kept.direction, kept.mass * scale[kept.word])
+        return Evidence(kept.word, kept.element, kept.direction, kept.mass * scale[kept.word], self.distinct)
 
 
 def join(parts: list[Evidence]) -> Evidence:
     """All rows of several tables."""
+    if len(parts) == 1:
+        return parts[0]
     return Evidence(*(torch.cat([getattr(p, name) for p in parts]) for name in ("word", "element", "direction", "mass")))

@@ -35,25 +35,31 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule. ``reads``: whether it looks at its inputs' contents, which must then survive in-place writes."""
+    """A registered rule.
+
+    Attributes:
+        reads: whether it looks at its inputs' contents, which must then survive in-place writes.
+        pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements.
+    """
 
     function: Callable[..., list[Link]] | None
     expansion: Callable[..., Any] | None = None
     reads: bool = True
+    pointwise: bool = False
 
 
 RULES: dict[str, Rule] = {}
 
 
-def register(*names: str, reads: bool = True) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
+def register(*names: str, reads: bool = True, pointwise: bool = False) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
     """Registers a rule for operations by the name they have in ``torch.ops.aten``, as ``"conv2d"``.
 
     An in-place form (``relu_``) and every overload follow the same rule. ``reads=False`` promises that the rule does not look at
-    its inputs' contents.
+    its inputs' contents; ``pointwise=True``, that it gives one link with k = 1 that takes distinct neurons to distinct elements.
     """
     def decorate(function: Callable[..., list[Link]]) -> Callable[..., list[Link]]:
         for name in names:
-            RULES[name] = Rule(function, reads=reads)
+            RULES[name] = Rule(function, reads=reads, pointwise=pointwise)
         find.cache_clear()
         return function
 

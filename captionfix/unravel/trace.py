@@ -83,6 +83,10 @@ class Slot:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def repeats(self) -> bool:
+        """Whether several elements lie in one cell (an expanded tensor)."""
+        return any(extent > 1 and stride == 0 for extent, stride in zip(self.shape, self.stride, strict=True))
+
     def is_plain(self) -> bool:
         """Whether element i lies in cell i."""
         expected = 1

@@ -115,6 +115,8 @@ def _walk(
         for number, slot in enumerate(operation.outputs):
             if slot is None or slot.value not in pending:
                 continue
+            if not slot.value.variable:  # a constant, though it was written to while the trace ran: a leaf
+                continue
             evidence = join(pending.pop(slot.value)).merged().pruned(policy.neurons, account.words)
             if _cut(slot.value, evidence, account, wanted) and stop:
                 continue
@@ -152,6 +154,11 @@ def _apply(
         if operation.name in DENSE and policy.dense(operation.name):
             left = dense_links(operation, number, evidence, account.words, policy, pending)
             account.bias += evidence.per_word(account.words) - left
+            continue
+        if rule.pointwise:  # nothing to look up, and what was distinct stays so
+            ((slot, index, _, direction),) = rule.function(operation, number, evidence.element, evidence.direction, policy)
+            part = Evidence(evidence.word, slot.cells(index[:, 0]), direction[:, 0], evidence.mass, evidence.distinct and not slot.repeats())
+            pending.setdefault(slot.value, []).append(part)
             continue
         # a neuron that several words reach is looked up once
         key, which = torch.unique(evidence.element * 2 + (evidence.direction > 0), return_inverse=True)

@@ -15,14 +15,14 @@ from .common import broadcast, coordinates, same, sign
     "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "hardsigmoid", "clamp", "clamp_min",
     "clamp_max", "dropout", "feature_dropout", "alpha_dropout", "log_softmax", "_log_softmax", "exp", "log", "log1p", "expm1", "sqrt",
     "softmax", "_softmax", "log_sigmoid", "positive", "threshold", "erf", "atan", "softsign", "_to_copy", "to", "_convert_element_type",
-    reads=False,
+    reads=False, pointwise=True,
 )
 def rising(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """Functions that never fall. A softmax rises with its own input; what it does to the others is its denominator's business."""
     return same(_signal(op), neurons, direction)
 
 
-@register("neg", "reciprocal", "rsqrt", reads=False)
+@register("neg", "reciprocal", "rsqrt", reads=False, pointwise=True)
 def falling(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     return same(_signal(op), neurons, -direction)
 
@@ -31,7 +31,7 @@ def falling(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
 _TURNS = {"gelu": -0.7517916243494656, "silu": -1.2784645427610738, "mish": -1.1924312105, "hardswish": -1.5, "abs": 0.0, "square": 0.0}
 
 
-@register(*_TURNS)
+@register(*_TURNS, pointwise=True)
 def turning(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slot = _signal(op)
     values = slot.take(neurons)
@@ -55,12 +55,12 @@ def prelu(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy
     return same(slot, neurons, torch.where(values < 0, direction * sign(weight[channel]), direction))
 
 
-@register("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", reads=False)
+@register("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", reads=False, pointwise=True)
 def batch_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     return _affine(op, 1, neurons, direction, channel_axis=1)
 
 
-@register("layer_norm", reads=False)
+@register("layer_norm", reads=False, pointwise=True)
 def layer_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """Its statistics are constants."""
     slot, weight = _signal(op), op.argument(2, "weight")
@@ -69,7 +69,7 @@ def layer_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, p
     return same(slot, neurons, direction * sign(weight.read().reshape(-1))[neurons % weight.numel])
 
 
-@register("group_norm", reads=False)
+@register("group_norm", reads=False, pointwise=True)
 def group_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """Its statistics are constants."""
     return _affine(op, 2, neurons, direction, channel_axis=1)
