@@ -2,7 +2,7 @@
 
 A training keeps everything it needs to go on in a work folder beside its output (`OUT.work`): prepared data, the
 Trainer's checkpoints, and `latest`, a captioner that can be loaded while training runs. The same call again goes on
-where it was cut off. Several processes: `torchrun --nproc-per-node N -m captionfix train ...`.
+where it was cut off. Several processes: `torchrun --nproc-per-node N -m captionfix.cli train ...`.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def train_scenes(
     *,
     family: Family = "show-attend-tell",
     scenes: int = 48_000,
-    epochs: float = 4.5,
+    epochs: float = 3,
     batch: int = 64,
     rate: float = 1.5e-3,
     hidden: int = 256,
     start: str | Path | None = None,
     precision: Precision = "float32",
+    half: bool = False,
     seed: int = 0,
     save_every: int = 500,
     max_steps: int = -1,
@@ -100,6 +101,7 @@ def train_scenes(
         hidden: units of the LSTM and size of embeddings.
         start: a captioner of scenes whose CNN is the start; None trains the CNN from nothing too.
         precision: "float32", or mixed "bf16" or "fp16".
+        half: store the weights in 16 bits.
         seed: of weights and order.
         save_every: steps between checkpoints.
         max_steps: ends earlier if positive.
@@ -137,7 +139,7 @@ def train_scenes(
     )
     if start is not None:
         _take_cnn(model, start)
-    run = Run(model, tokenizer, SIDE, place, check=lambda c: str(score_scenes(c, 200)))
+    run = Run(model, tokenizer, SIDE, place, half=half, check=lambda c: str(score_scenes(c, 200)))
     examples = Examples(
         encode_captions(tokenizer, [[caption] for caption in captions], longest),
         lambda i, _: images[i].transpose(2, 0, 1),
@@ -306,13 +308,14 @@ def _keep_features(model: CaptionerModel, examples: Sequence[Captioned], file: P
 
     if not file.is_file():
         part, out, step = file.with_suffix(f".{os.getpid()}.part"), None, 16
-        model.eval()
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        encoder = model.encoder.eval().to(device)
         for i in range(0, len(examples), step):
             pixels = torch.from_numpy(np.stack([read_square(entry.image, size) for entry in examples[i : i + step]]))
-            pixels = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode():
-                pair = [model.encoder(pixels), model.encoder(pixels.flip(3))]
-            kept = torch.stack(pair, 1).half().numpy()
+            pixels = (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                pair = [encoder(pixels), encoder(pixels.flip(3))]
+            kept = torch.stack(pair, 1).half().cpu().numpy()
             if out is None:
                 out = np.lib.format.open_memmap(part, "w+", np.float16, (len(examples), *kept.shape[1:]))
             out[i : i + step] = kept

@@ -110,6 +110,7 @@ def fit(
         max_grad_norm=5.0,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),  # else several processes on a CPU would not work together
         seed=settings.seed,
         save_steps=settings.save_every,
         save_total_limit=2,

@@ -163,3 +163,4 @@ def write(
     config["dtype"] = "float16" if half else "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
