@@ -120,7 +120,7 @@ def test_a_rotated_photograph_is_explained_as_a_person_sees_it(
     upright.save(tmp_path / "straight.png")
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     images = (tmp_path / "straight.png", tmp_path / "turned.png")
-    arguments = ("--captioner", captioner, "--caption", "a dog", "--out", tmp_path / "out")
+    arguments = ("--captioner", captioner, "--caption", "a dog", "--method", "flow", "--out", tmp_path / "out")
     assert run(capsys, "explain", *images, *arguments)[0] == 0
     straight, turned = (captionfix.read(tmp_path / "out" / name) for name in ("straight", "turned"))
     assert turned.image.size == (50, 30)
