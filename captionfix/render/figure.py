@@ -31,7 +31,7 @@ _LITTLE = (
 FUNCTION_WORDS = frozenset(_LITTLE.split())
 """English words that name nothing to be seen; figures show them dimmed."""
 
-_OPAQUE = 0.74  # of the colour at the scale's top, so that even there the photograph's edges remain visible
+_OPAQUE = 0.8  # of the colour at the scale's top, so that even there the photograph's edges remain visible
 _RISE = 0.9  # alpha = _OPAQUE * value ** _RISE
 _GREY = 0.7  # how far the photograph under a map is drained of its own colour
 _LIGHT = 0.15  # and lightened, so that the map's dark colours show on dark things too
