@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import UnsupportedOperation
 from .registry import find, is_composite, op_name
 
 _OVERWRITTEN = "a rule wants to read a value that was overwritten in place; it must not be registered with reads=False"
@@ -84,8 +85,14 @@ class Slot:
         return math.prod(self.shape)
 
     def repeats(self) -> bool:
-        """Whether several elements lie in one cell (an expanded tensor)."""
-        return any(extent > 1 and stride == 0 for extent, stride in zip(self.shape, self.stride, strict=True))
+        """Whether several elements may lie in one cell (an expanded tensor, overlapping windows)."""
+        span = 0  # cells from the first to the last element of the dimensions so far
+        for stride, extent in sorted(zip(self.stride, self.shape, strict=True)):
+            if extent > 1:
+                if stride <= span:
+                    return True
+                span += stride * (extent - 1)
+        return False
 
     def is_plain(self) -> bool:
         """Whether element i lies in cell i."""
@@ -267,7 +274,7 @@ class Trace(TorchDispatchMode):
         for value in before.values():
             if not value.read_later:
                 value.base = None
-        known = {t.untyped_storage()._cdata for t in tensors}
+        known = {t.untyped_storage()._cdata: t.element_size() for t in tensors}
         outputs: list[Slot | None] = []
         fresh: dict[int, Value] = {}
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -276,6 +283,11 @@ class Trace(TorchDispatchMode):
                 continue
             key = tensor.untyped_storage()._cdata
             if key in known and key not in before:  # a view: no new value
+                if tensor.element_size() != known[key]:
+                    raise UnsupportedOperation(
+                        f"{operation} reads memory as another type, which the record cannot follow. Put the part that needs it into an "
+                        "operation of your own (torch.library.custom_op) and register a rule for that: @captionfix.unravel.register"
+                    )
                 outputs.append(None)
                 continue
             if key not in fresh:

@@ -73,7 +73,7 @@ def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
     kwargs = {k: plain(v) for k, v in op.kwargs.items()}
     for position, name in _FILL.get(op.name, ()):
         if position < len(args):
-            args[position] = -1
+            args[position] = torch.tensor(-1) if isinstance(op.args[position], Slot) else -1
         elif op.name != "pad" or op.argument(2, "mode", "constant") == "constant":
             kwargs[name] = -1
     if op.name == "copy":  # what is written over does not matter, only its shape
@@ -85,7 +85,8 @@ def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
     elif op.name in ("tril", "triu"):
         tables = [op.func(args[0] + 1, *args[1:], **kwargs) - 1]
     elif op.name.startswith("upsample_nearest") or op.name in ("reflection_pad2d", "replication_pad2d", "im2col"):
-        tables = [op.func(args[0].double(), *args[1:], **kwargs).long()]
+        # numbered from 1, so that the zeros that im2col pads with are told from element 0
+        tables = [op.func(args[0].double() + 1, *args[1:], **kwargs).long() - 1]
     elif op.name == "pad" and op.argument(2, "mode", "constant") != "constant":
         tables = [op.func(args[0].double(), *args[1:], **kwargs).long()]
     else:
@@ -105,7 +106,7 @@ def ordered(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
     """The element that was chosen, by the operation's own indices."""
     slot = op.args[0]
     result = op.call(lambda s: s.read())
-    axis = {"sort": op.argument(1, "dim", -1), "topk": op.argument(2, "dim", -1)}.get(op.name, op.argument(2, "dim", -1))
+    axis = op.argument(1 if op.name in ("sort", "mode") else 2, "dim", -1)
     numbers = torch.arange(slot.numel, device=neurons.device).view(slot.shape)
     if result[1].dim() == numbers.dim():
         origin = numbers.gather(axis, result[1])

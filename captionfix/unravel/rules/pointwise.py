@@ -40,11 +40,15 @@ def turning(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
 
 @register("pow")
 def power(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
-    slot, exponent = _signal(op), op.argument(1, "exponent")
+    base, exponent, out = op.argument(0, "self"), op.argument(1, "exponent"), op.outputs[output]
+    assert out is not None
+    if not isinstance(base, Slot):  # 2 ** x
+        return same(exponent, neurons, direction if base >= 1 else -direction)
     if isinstance(exponent, Slot):
-        exponent = float(exponent.take(0))
-    slope = exponent * slot.take(neurons).to(direction.dtype) ** (exponent - 1)
-    return same(slot, neurons, direction * sign(slope))
+        exponent = exponent.take(broadcast(neurons, out.shape, exponent.shape)).to(direction.dtype)
+    elements = broadcast(neurons, out.shape, base.shape)
+    slope = exponent * base.take(elements).to(direction.dtype) ** (exponent - 1)
+    return same(base, elements, direction * sign(slope))
 
 
 @register("prelu", "_prelu_kernel")
