@@ -49,8 +49,10 @@ def main() -> None:
         for name, policy in FOLLOWED.items():
             account = walk(trace, [(target, start(target, best))], policy)
             worst[name] = max(worst[name], (float((account.total() - 1).abs().max()), seed))
-    print(f"{options.networks} random networks, {operations} operations of {len(kinds)} kinds, {words} words, "
-          f"{time.perf_counter() - began:.0f} s; float32")
+    print(
+        f"{options.networks} random networks, {operations} operations of {len(kinds)} kinds, {words} words, "
+        f"{time.perf_counter() - began:.0f} s; float32"
+    )
     for name, (error, seed) in worst.items():
         print(f"{name:>18}: worst |total - 1| = {error:.2e} (network {seed})")
     print(f"{'all':>18}: worst |total - 1| = {max(worst.values())[0]:.2e}")

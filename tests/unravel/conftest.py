@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # networks.py, reference.py
 settings.register_profile(
-    "engine", derandomize=True, deadline=None, database=None,
+    "engine",
+    derandomize=True,
+    deadline=None,
+    database=None,
     phases=[Phase.explicit, Phase.generate],  # a failing network is small enough; shrinking it takes minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )

@@ -28,7 +28,9 @@ FOLLOWED = {
     "centre": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set", location="centre"),
     "small": Policy(sums=2, convolutions=1, neurons=5),
     "opposed": Policy(opposed="input"),
-    "opposed paper": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set", opposed="input"),
+    "opposed paper": Policy(
+        sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set", opposed="input"
+    ),
     "opposed marginal": Policy(sums=None, convolutions=None, neurons=None, opposed="input"),
     "even": Policy(sums=3, convolutions=None, neurons=50, mass="set"),
 }
@@ -98,10 +100,36 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
-    nn.ReLU, lambda: nn.ReLU(inplace=True), lambda: nn.ReLU6(inplace=True), nn.ReLU6, nn.Hardswish, lambda: nn.Hardswish(inplace=True),
-    nn.SiLU, lambda: nn.LeakyReLU(0.1), lambda: nn.LeakyReLU(0.2, inplace=True), nn.GELU, nn.Tanh, nn.ELU,
+    nn.ReLU,
+    lambda: nn.ReLU(inplace=True),
+    lambda: nn.ReLU6(inplace=True),
+    nn.ReLU6,
+    nn.Hardswish,
+    lambda: nn.Hardswish(inplace=True),
+    nn.SiLU,
+    lambda: nn.LeakyReLU(0.1),
+    lambda: nn.LeakyReLU(0.2, inplace=True),
+    nn.GELU,
+    nn.Tanh,
+    nn.ELU,
 ]
-BLOCKS = ("conv", "conv", "conv", "norm", "act", "act", "max", "avg", "adaptive", "adaptive max", "residual", "cat", "shuffle", "gate", "drop")
+BLOCKS = (
+    "conv",
+    "conv",
+    "conv",
+    "norm",
+    "act",
+    "act",
+    "max",
+    "avg",
+    "adaptive",
+    "adaptive max",
+    "residual",
+    "cat",
+    "shuffle",
+    "gate",
+    "drop",
+)
 LOCAL = tuple(b for b in BLOCKS if b != "gate")
 
 
@@ -111,8 +139,14 @@ def convolution(pick: Pick, channels: int) -> nn.Conv2d:
     stride = pick([1, 1, 2, 3, (2, 1)])
     padding = pick([0, 1, (0, 1), (2, 1)] + (["same"] if stride == 1 else []))
     return nn.Conv2d(
-        channels, out, pick([1, 3, 2, (1, 3), (3, 1), (2, 3)]), stride=stride, padding=padding, dilation=pick([1, 1, 2, (2, 1)]),
-        groups=groups, bias=pick([True, False]),
+        channels,
+        out,
+        pick([1, 3, 2, (1, 3), (3, 1), (2, 3)]),
+        stride=stride,
+        padding=padding,
+        dilation=pick([1, 1, 2, (2, 1)]),
+        groups=groups,
+        bias=pick([True, False]),
     )
 
 
@@ -128,20 +162,30 @@ def block(kind: str, pick: Pick, channels: int) -> nn.Module:
         kernel = pick([2, 3, (3, 2)])
         return nn.MaxPool2d(kernel, stride=pick([1, 2, 3]), padding=pick([0, 1]), ceil_mode=pick([True, False]))
     if kind == "avg":
-        return nn.AvgPool2d(pick([2, 3, (2, 3)]), stride=pick([1, 2, 3]), padding=pick([0, 1]), ceil_mode=pick([True, False]),
-                            count_include_pad=pick([True, False]))
+        return nn.AvgPool2d(
+            pick([2, 3, (2, 3)]),
+            stride=pick([1, 2, 3]),
+            padding=pick([0, 1]),
+            ceil_mode=pick([True, False]),
+            count_include_pad=pick([True, False]),
+        )
     if kind == "adaptive":
         return nn.AdaptiveAvgPool2d(pick([2, 5, (3, 4), 14]))  # 14 from fewer: overlapping bins
     if kind == "adaptive max":
         return nn.AdaptiveMaxPool2d(pick([3, (4, 2), 9]))
     if kind == "residual":
-        body = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *([norm(channels)] if pick([True, False]) else []))
+        body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), *([norm(channels)] if pick([True, False]) else [])
+        )
         return Residual(body, pick([True, False]))
     if kind == "cat":
-        return Branches([
-            nn.Sequential(nn.Conv2d(channels, 2, 1), nn.ReLU(inplace=True)), nn.Conv2d(channels, 3, 3, padding=1, bias=False),
-            nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(channels, 1, 1)),
-        ])
+        return Branches(
+            [
+                nn.Sequential(nn.Conv2d(channels, 2, 1), nn.ReLU(inplace=True)),
+                nn.Conv2d(channels, 3, 3, padding=1, bias=False),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(channels, 1, 1)),
+            ]
+        )
     if kind == "shuffle":
         return Shuffle() if channels % 2 == 0 else nn.ChannelShuffle(channels)
     if kind == "drop":
@@ -188,11 +232,15 @@ class Decoder(nn.Module):
 class Sequence_(Decoder):
     """Show and Tell: the pooled image is the first word; nn.LSTM or nn.GRU over a padded or packed sequence."""
 
-    def __init__(self, shape: Sequence[int], log: bool, kind: str, layers: int, batch_first: bool, packed: bool, flat: bool):
+    def __init__(
+        self, shape: Sequence[int], log: bool, kind: str, layers: int, batch_first: bool, packed: bool, flat: bool
+    ):
         super().__init__(shape, log)
         self.flat, self.batch_first, self.packed = flat, batch_first, packed
         self.image = nn.Linear(shape[0] * shape[1] * shape[2] if flat else shape[0], VECTOR)
-        self.rnn = (nn.LSTM if kind == "lstm" else nn.GRU)(VECTOR, HIDDEN, layers, batch_first=batch_first, dropout=0.2 if layers > 1 else 0)
+        self.rnn = (nn.LSTM if kind == "lstm" else nn.GRU)(
+            VECTOR, HIDDEN, layers, batch_first=batch_first, dropout=0.2 if layers > 1 else 0
+        )
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
         pooled = torch.flatten(features, 1) if self.flat else features.mean((2, 3))
@@ -269,7 +317,9 @@ DECODERS = ("sequence", "sequence", "attend", "dot")
 def decoder(pick: Pick, shape: Sequence[int]) -> Decoder:
     kind, log, rnn = pick(DECODERS), pick([True, False]), pick(["lstm", "lstm", "gru"])
     if kind == "sequence":
-        made: Decoder = Sequence_(shape, log, rnn, pick([1, 2]), pick([True, False]), pick([True, False]), pick([True, False]))
+        made: Decoder = Sequence_(
+            shape, log, rnn, pick([1, 2]), pick([True, False]), pick([True, False]), pick([True, False])
+        )
     elif kind == "attend":
         made = Attend(shape, log, rnn, pick([True, False]))
     else:

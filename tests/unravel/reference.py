@@ -40,21 +40,25 @@ def run(nodes: list[Node], inputs: dict[str, Tensor]) -> list[Any]:
     values: list[Any] = []
     for node in nodes:
         args, o = [values[i] for i in node.inputs], node.options
-        values.append({
-            "input": lambda: inputs[o["name"]],
-            "conv": lambda: F.conv2d(args[0], o["weight"], o["bias"], o["stride"], o["padding"], o["dilation"], o["groups"]),
-            "linear": lambda: F.linear(args[0], o["weight"], o["bias"]),
-            "norm": lambda: F.batch_norm(args[0], o["mean"], o["var"], o["weight"], o["bias"]),
-            "relu": lambda: F.relu(args[0]),
-            "max": lambda: F.max_pool2d(args[0], o["kernel"], o["stride"], o["padding"]),
-            "mean": lambda: args[0].mean((2, 3)),
-            "flatten": lambda: args[0].flatten(1),
-            "add": lambda: args[0] + args[1],
-            "cat": lambda: torch.cat(args, 1),
-            "lstm": lambda: torch.lstm_cell(args[0], (args[1], args[2]), *o["weights"]),
-            "pick": lambda: args[0][o["number"]],
-            "embed": lambda: F.embedding(args[0][:, o["position"]], o["weight"]),
-        }[node.kind]())
+        values.append(
+            {
+                "input": lambda: inputs[o["name"]],
+                "conv": lambda: F.conv2d(
+                    args[0], o["weight"], o["bias"], o["stride"], o["padding"], o["dilation"], o["groups"]
+                ),
+                "linear": lambda: F.linear(args[0], o["weight"], o["bias"]),
+                "norm": lambda: F.batch_norm(args[0], o["mean"], o["var"], o["weight"], o["bias"]),
+                "relu": lambda: F.relu(args[0]),
+                "max": lambda: F.max_pool2d(args[0], o["kernel"], o["stride"], o["padding"]),
+                "mean": lambda: args[0].mean((2, 3)),
+                "flatten": lambda: args[0].flatten(1),
+                "add": lambda: args[0] + args[1],
+                "cat": lambda: torch.cat(args, 1),
+                "lstm": lambda: torch.lstm_cell(args[0], (args[1], args[2]), *o["weights"]),
+                "pick": lambda: args[0][o["number"]],
+                "embed": lambda: F.embedding(args[0][:, o["position"]], o["weight"]),
+            }[node.kind]()
+        )
     return values
 
 
@@ -83,7 +87,9 @@ def unravel(
     return ended, bias
 
 
-def _step(nodes: list[Node], values: list[Any], number: int, at: Place, d: int, rules: Rules) -> list[tuple[int, Place, int, float]]:
+def _step(
+    nodes: list[Node], values: list[Any], number: int, at: Place, d: int, rules: Rules
+) -> list[tuple[int, Place, int, float]]:
     """Where one neuron's mass goes: (node, element, direction, share)."""
     node, o = nodes[number], nodes[number].options
     first = node.inputs[0]
@@ -94,15 +100,23 @@ def _step(nodes: list[Node], values: list[Any], number: int, at: Place, d: int, 
         return _convolution(first, x, o, at, d, rules)
     if node.kind == "linear":
         row, unit = at
-        terms = [(first, (row, k), float(x[row, k] * o["weight"][unit, k]), float(o["weight"][unit, k])) for k in range(x.shape[1])]
+        terms = [
+            (first, (row, k), float(x[row, k] * o["weight"][unit, k]), float(o["weight"][unit, k]))
+            for k in range(x.shape[1])
+        ]
         return _split(terms, d, None if rules.paper else rules.sums, rules)
     if node.kind == "mean":
         row, channel = at
-        terms = [(first, (row, channel, i, j), float(x[row, channel, i, j]), 1.0)
-                 for i in range(x.shape[2]) for j in range(x.shape[3])]
+        terms = [
+            (first, (row, channel, i, j), float(x[row, channel, i, j]), 1.0)
+            for i in range(x.shape[2])
+            for j in range(x.shape[3])
+        ]
         return _split(terms, d, 1 if rules.paper else rules.sums, rules)
     if node.kind == "add":
-        return _split([(i, at, float(values[i][at]), 1.0) for i in node.inputs], d, 1 if rules.paper else rules.sums, rules)
+        return _split(
+            [(i, at, float(values[i][at]), 1.0) for i in node.inputs], d, 1 if rules.paper else rules.sums, rules
+        )
     assert node.kind == "lstm"
     return _lstm(node, values, at, d, rules)
 
@@ -128,9 +142,12 @@ def _passed(node: Node, values: list[Any], at: Place, d: int) -> tuple[int, Plac
         return first, (at[0], o["position"]), d, 1.0
     if node.kind == "max":
         row, channel, i, j = at
-        seen = [(a, b) for a in range(i * o["stride"] - o["padding"], i * o["stride"] - o["padding"] + o["kernel"])
-                for b in range(j * o["stride"] - o["padding"], j * o["stride"] - o["padding"] + o["kernel"])
-                if 0 <= a < x.shape[2] and 0 <= b < x.shape[3]]
+        seen = [
+            (a, b)
+            for a in range(i * o["stride"] - o["padding"], i * o["stride"] - o["padding"] + o["kernel"])
+            for b in range(j * o["stride"] - o["padding"], j * o["stride"] - o["padding"] + o["kernel"])
+            if 0 <= a < x.shape[2] and 0 <= b < x.shape[3]
+        ]
         return first, (row, channel, *max(seen, key=lambda p: float(x[row, channel, p[0], p[1]]))), d, 1.0
     return first, at, d, 1.0
 
@@ -143,11 +160,15 @@ def _split(terms: list[Term], d: int, keep: int | None, rules: Rules) -> list[tu
         node, place, _, weight = ordered[0]
         return [(node, place, d if weight >= 0 else -d, 1.0)]
     total = sum(t[2] * d for t in agreeing)
-    return [(node, place, d if weight >= 0 else -d, 1 / len(agreeing) if rules.paper else value * d / total)
-            for node, place, value, weight in agreeing]
+    return [
+        (node, place, d if weight >= 0 else -d, 1 / len(agreeing) if rules.paper else value * d / total)
+        for node, place, value, weight in agreeing
+    ]
 
 
-def _convolution(source: int, x: Tensor, o: dict[str, Any], at: Place, d: int, rules: Rules) -> list[tuple[int, Place, int, float]]:
+def _convolution(
+    source: int, x: Tensor, o: dict[str, Any], at: Place, d: int, rules: Rules
+) -> list[tuple[int, Place, int, float]]:
     row, unit, i, j = at
     weight, per_group = o["weight"], o["weight"].shape[1]
     first = unit // (weight.shape[0] // o["groups"]) * per_group
@@ -169,8 +190,11 @@ def _convolution(source: int, x: Tensor, o: dict[str, Any], at: Place, d: int, r
         middle = window[best].get((weight.shape[2] // 2, weight.shape[3] // 2))
         if middle is None or not (total > 0 or rules.opposed):
             return []
-        return [(middle[0], middle[1], 1 if float(x[middle[1]]) >= 0 else -1, 1.0)] if not rules.opposed else [
-            (middle[0], middle[1], d if middle[3] >= 0 else -d, 1.0)]
+        return (
+            [(middle[0], middle[1], 1 if float(x[middle[1]]) >= 0 else -1, 1.0)]
+            if not rules.opposed
+            else [(middle[0], middle[1], d if middle[3] >= 0 else -d, 1.0)]
+        )
     return _split(list(window[best].values()), d, 1, rules)
 
 
@@ -196,5 +220,7 @@ def _lstm(node: Node, values: list[Any], at: Place, d: int, rules: Rules) -> lis
         n = 2 * size + unit
         inside = [(from_x, (row, k), float(x[k] * weight_x[n, k]), float(weight_x[n, k])) for k in range(len(x))]
         inside += [(from_h, (row, k), float(h[k] * weight_h[n, k]), float(weight_h[n, k])) for k in range(size)]
-        result += [(s, p, t, share * q) for s, p, t, q in _split(inside, towards, None if rules.paper else rules.sums, rules)]
+        result += [
+            (s, p, t, share * q) for s, p, t, q in _split(inside, towards, None if rules.paper else rules.sums, rules)
+        ]
     return result

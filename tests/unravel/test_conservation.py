@@ -32,7 +32,9 @@ def test_evidence_is_conserved_at_the_leaves_and_at_the_feature_map(data):
     scores = logits.read()
     # the likeliest word of every position, and one more, wanted lower
     best = scores.argmax(-1).flatten() + torch.arange(scores[..., 0].numel()) * scores.shape[-1]
-    if network.decoder.__class__.__name__ == "Sequence_" and network.decoder.packed:  # padding after the end is a constant
+    if (
+        network.decoder.__class__.__name__ == "Sequence_" and network.decoder.packed
+    ):  # padding after the end is a constant
         best = best[: scores.shape[1]]
     evidence = start(logits, best)
     evidence.direction[-1] = -1.0
@@ -47,7 +49,9 @@ def test_evidence_is_conserved_at_the_leaves_and_at_the_feature_map(data):
         if name not in ("default", "paper", "opposed"):
             continue
         stopped = walk(trace, [(logits, evidence)], policy, cuts={"map": at}, stop=True)
-        reached = [a.cuts["map"].per_word(len(best)) if "map" in a.cuts else torch.zeros(len(best)) for a in (account, stopped)]
+        reached = [
+            a.cuts["map"].per_word(len(best)) if "map" in a.cuts else torch.zeros(len(best)) for a in (account, stopped)
+        ]
         # at the cut plus what left before it
         torch.testing.assert_close(stopped.total() + reached[1], one, atol=1e-4, rtol=0)
         torch.testing.assert_close(reached[0], reached[1], atol=1e-6, rtol=1e-5)
@@ -61,8 +65,13 @@ def test_evidence_is_conserved_at_the_leaves_and_at_the_feature_map(data):
 def test_evidence_within_every_layer_is_conserved(name):
     """A cut at every single operation of a chain holds all mass that has not left before."""
     layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(6, 4, 3), torch.nn.ReLU(),
-        torch.nn.Flatten(), torch.nn.Linear(16, 5),
+        torch.nn.Conv2d(3, 6, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(6, 4, 3),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 5),
     ).eval()
     with Trace(layers) as trace:
         image = trace.slot(trace.watch("image", torch.randn(1, 3, 8, 8)))

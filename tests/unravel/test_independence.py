@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import FOLLOWED, WORDS, Captioning, captioner
+from test_conservation import record
 
 from captionfix.unravel import start, walk
-from test_conservation import record
 
 POLICIES = [FOLLOWED[name] for name in ("default", "paper", "marginal", "small", "opposed")]
 
@@ -21,8 +21,10 @@ def tables(network: Captioning, pixels, tokens, elements, policy):
     n = len(elements)
     cut = account.cuts.get("map")
     return (
-        account.at(image).dense(n, image.numel).view(n, *image.shape), account.at(words).dense(n, words.numel).view(n, *words.shape),
-        torch.zeros(n, *at.shape) if cut is None else cut.dense(n, at.numel).view(n, *at.shape), account.bias,
+        account.at(image).dense(n, image.numel).view(n, *image.shape),
+        account.at(words).dense(n, words.numel).view(n, *words.shape),
+        torch.zeros(n, *at.shape) if cut is None else cut.dense(n, at.numel).view(n, *at.shape),
+        account.bias,
     )
 
 
@@ -41,16 +43,16 @@ def test_batch_length_and_other_words_change_nothing(data):
         # this word among others of both images, against the word alone in a batch of one with a shorter caption
         elements = [((i * 3) + j) * WORDS + k for i, j, k in [*others, (b, t, v)]]
         many = tables(network, pixels, tokens, elements, policy)
-        one = tables(network, pixels[b:b + 1], tokens[b:b + 1, :t + 1], [t * WORDS + v], policy)
+        one = tables(network, pixels[b : b + 1], tokens[b : b + 1, : t + 1], [t * WORDS + v], policy)
         tolerance = {"atol": 1e-9, "rtol": 1e-7}
         torch.testing.assert_close(many[0][-1, b], one[0][0, 0], **tolerance)
-        torch.testing.assert_close(many[1][-1, b, :t + 1], one[1][0, 0], **tolerance)
+        torch.testing.assert_close(many[1][-1, b, : t + 1], one[1][0, 0], **tolerance)
         torch.testing.assert_close(many[2][-1, b].double(), one[2][0, 0].double(), **tolerance)
         torch.testing.assert_close(many[3][-1], one[3][0], **tolerance)
         # and nothing at all on the other image or on later words
         assert float(many[0][-1, 1 - b].abs().max()) == 0
         assert float(many[1][-1, 1 - b].abs().max()) == 0
-        assert float(many[1][-1, b, t + 1:].abs().sum()) == 0
+        assert float(many[1][-1, b, t + 1 :].abs().sum()) == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)

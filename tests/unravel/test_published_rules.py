@@ -18,7 +18,10 @@ COMPARED = {
     "paper, opposed": (Policy(**PAPER, opposed="input"), Rules(paper=True, opposed=True)),
     "default": (Policy(neurons=None), Rules(sums=16, convolutions=4)),
     "keep 3 and 2": (Policy(sums=3, convolutions=2, neurons=None), Rules(sums=3, convolutions=2)),
-    "opposed": (Policy(sums=3, convolutions=2, neurons=None, opposed="input"), Rules(sums=3, convolutions=2, opposed=True)),
+    "opposed": (
+        Policy(sums=3, convolutions=2, neurons=None, opposed="input"),
+        Rules(sums=3, convolutions=2, opposed=True),
+    ),
     "marginal": (POLICIES["marginal"], Rules()),
     "all, sparse": (Policy(sums=None, convolutions=10**6, linear=10**6, neurons=None), Rules()),
 }
@@ -39,21 +42,42 @@ class Net:
         self.width.append(width or self.width[inputs[0]] if inputs else width)
         return len(self.nodes) - 1
 
-    def conv(self, width: int, kernel: int, stride=1, padding=0, dilation=1, groups=1, at: int | None = None, bias=True) -> int:
+    def conv(
+        self, width: int, kernel: int, stride=1, padding=0, dilation=1, groups=1, at: int | None = None, bias=True
+    ) -> int:
         at = len(self.nodes) - 1 if at is None else at
         weight = torch.randn(width, self.width[at] // groups, kernel, kernel, dtype=torch.float64) / kernel
-        return self.add("conv", at, width, weight=weight, bias=torch.randn(width, dtype=torch.float64) * 0.1 if bias else None,
-                        stride=(stride, stride), padding=(padding, padding), dilation=(dilation, dilation), groups=groups)
+        return self.add(
+            "conv",
+            at,
+            width,
+            weight=weight,
+            bias=torch.randn(width, dtype=torch.float64) * 0.1 if bias else None,
+            stride=(stride, stride),
+            padding=(padding, padding),
+            dilation=(dilation, dilation),
+            groups=groups,
+        )
 
     def norm(self) -> int:
         w = self.width[-1]
         random_ = [torch.randn(w, dtype=torch.float64) for _ in range(3)]
-        return self.add("norm", weight=random_[0], bias=random_[1] * 0.2, mean=random_[2] * 0.2,
-                        var=torch.rand(w, dtype=torch.float64) + 0.5)
+        return self.add(
+            "norm",
+            weight=random_[0],
+            bias=random_[1] * 0.2,
+            mean=random_[2] * 0.2,
+            var=torch.rand(w, dtype=torch.float64) + 0.5,
+        )
 
     def linear(self, rows: int, columns: int, at: int | None = None) -> int:
-        return self.add("linear", at, rows, weight=torch.randn(rows, columns, dtype=torch.float64) / 3,
-                        bias=torch.randn(rows, dtype=torch.float64) * 0.1)
+        return self.add(
+            "linear",
+            at,
+            rows,
+            weight=torch.randn(rows, columns, dtype=torch.float64) / 3,
+            bias=torch.randn(rows, dtype=torch.float64) * 0.1,
+        )
 
     def max(self, kernel: int, stride: int, padding: int = 0, at: int | None = None) -> int:
         return self.add("max", at, kernel=kernel, stride=stride, padding=padding)
@@ -155,16 +179,24 @@ NETS = {f.__name__: f for f in (alexnet, vgg, googlenet, resnet, captioner)}
 
 
 # the paper's sets on three networks of each shape; one where all is kept, which is slow in loops
-CASES = [(name, shape, seed) for name, (_, rules) in COMPARED.items() for shape in NETS
-         for seed in range(3 if rules.paper else 2 if rules.convolutions else 1)]
+CASES = [
+    (name, shape, seed)
+    for name, (_, rules) in COMPARED.items()
+    for shape in NETS
+    for seed in range(3 if rules.paper else 2 if rules.convolutions else 1)
+]
 
 
 @pytest.mark.parametrize(("name", "shape", "seed"), CASES)
 def test_engine_equals_a_loop_over_single_neurons(name, shape, seed):
     net = NETS[shape](seed)
     policy, rules = COMPARED[name]
-    inputs = {"image": torch.randn(1, 3, 16, 16, dtype=torch.float64), "tokens": torch.tensor([[1, 4, 2]]),
-              "h": torch.zeros(1, 5, dtype=torch.float64), "c": torch.zeros(1, 5, dtype=torch.float64)}
+    inputs = {
+        "image": torch.randn(1, 3, 16, 16, dtype=torch.float64),
+        "tokens": torch.tensor([[1, 4, 2]]),
+        "h": torch.zeros(1, 5, dtype=torch.float64),
+        "c": torch.zeros(1, 5, dtype=torch.float64),
+    }
     with Trace() as trace:
         inputs = {k: v.clone() for k, v in inputs.items()}
         slots = {k: trace.slot(trace.watch(k, v)) for k, v in inputs.items()}
@@ -184,8 +216,12 @@ def test_engine_equals_a_loop_over_single_neurons(name, shape, seed):
         for key, slot in slots.items():
             rows = account.at(slot)
             rows = rows.where(rows.word == word)
-            found.update({(key, e, int(d)): m for e, d, m in
-                          zip(rows.element.tolist(), rows.direction.tolist(), rows.mass.tolist(), strict=True)})
+            found.update(
+                {
+                    (key, e, int(d)): m
+                    for e, d, m in zip(rows.element.tolist(), rows.direction.tolist(), rows.mass.tolist(), strict=True)
+                }
+            )
         if not name.startswith("marginal"):
             assert set(found) == set(expected)
         for key in set(found) | set(expected):  # sets, and masses too
@@ -198,8 +234,15 @@ def test_the_networks_compared_do_reach_the_image():
     reached = []
     for make in NETS.values():
         net = make(0)
-        values = run(net.nodes, {"image": torch.randn(1, 3, 16, 16, dtype=torch.float64), "tokens": torch.tensor([[1, 4, 2]]),
-                                 "h": torch.zeros(1, 5, dtype=torch.float64), "c": torch.zeros(1, 5, dtype=torch.float64)})
+        values = run(
+            net.nodes,
+            {
+                "image": torch.randn(1, 3, 16, 16, dtype=torch.float64),
+                "tokens": torch.tensor([[1, 4, 2]]),
+                "h": torch.zeros(1, 5, dtype=torch.float64),
+                "c": torch.zeros(1, 5, dtype=torch.float64),
+            },
+        )
         ended, _ = unravel(net.nodes, values, (0, int(values[-1].argmax())), Rules(paper=True))
         reached.append(sum(number == 0 for number, *_ in ended))
     assert min(reached) >= 1

@@ -35,10 +35,16 @@ def test_fixations_lie_in_the_receptive_field(data):
     check(network, x, inside)
 
 
-@pytest.mark.parametrize("layer", [
-    nn.Conv2d(3, 2, 3, padding=2, stride=2), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.AvgPool2d(3, 2, 1, ceil_mode=True),
-    nn.Conv2d(3, 2, (2, 3), padding="same", bias=False), nn.Conv2d(3, 3, 2, dilation=3, padding=(3, 2)),
-])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 2, 3, padding=2, stride=2),
+        nn.Conv2d(3, 3, 3, padding=1, groups=3),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.Conv2d(3, 2, (2, 3), padding="same", bias=False),
+        nn.Conv2d(3, 3, 2, dilation=3, padding=(3, 2)),
+    ],
+)
 def test_all_negative_windows_never_send_evidence_into_the_padding(layer):
     """Nothing agrees, so that padding's zero is the least opposed contributor: it is no input."""
     layer = layer.double().eval()

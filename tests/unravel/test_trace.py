@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,9 +41,13 @@ def transformers_model(kind: str):
     import transformers
 
     if kind == "resnet":
-        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck", num_labels=5)
+        config = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck", num_labels=5
+        )
         return transformers.ResNetForImageClassification(config)
-    return transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(depth_multiplier=0.25, image_size=64, num_labels=5))
+    return transformers.MobileNetV2ForImageClassification(
+        transformers.MobileNetV2Config(depth_multiplier=0.25, image_size=64, num_labels=5)
+    )
 
 
 NETWORKS = {
@@ -68,9 +71,13 @@ def replay(trace: Trace) -> int:
     for operation in trace.operations:
         if any(slot.value.base is None for slot in operation.inputs()):
             # then nobody who was recorded may want to read it
-            assert not any(slot.value.base is None and slot.value.read_later for slot in operation.inputs()), str(operation)
+            assert not any(slot.value.base is None and slot.value.read_later for slot in operation.inputs()), str(
+                operation
+            )
             continue
-        writes = operation.func._schema.is_mutable  # on a copy, then; else on the very same memory, so that the same kernel runs
+        writes = (
+            operation.func._schema.is_mutable
+        )  # on a copy, then; else on the very same memory, so that the same kernel runs
         with torch.inference_mode():
             again = operation.call(lambda slot, writes=writes: slot.read().clone() if writes else slot.read())
         again = again if isinstance(again, (tuple, list)) else (again,)
