@@ -2,7 +2,7 @@
 
 A training keeps everything it needs to go on in a work folder beside its output (`OUT.work`): prepared data, the
 Trainer's checkpoints, and `latest`, a captioner that can be loaded while training runs. The same call again goes on
-where it was cut off. Several processes: `torchrun --nproc-per-node N -m captionfix.cli train ...`.
+where it was cut off. Several processes: `torchrun --nproc-per-node N --no-python captionfix train ...`.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def train_images(
     batch: int = 32,
     rate: float = 1e-3,
     tune_rate: float = 3e-4,
-    cnn_rate: float = 5e-5,
+    cnn_rate: float = 1e-4,
     hidden: int = 512,
     at_least: int = 5,
     max_words: int = 20,

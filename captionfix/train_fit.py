@@ -136,6 +136,7 @@ def fit(
         export()
         save_model(model, str(done) + ".part")
         os.replace(str(done) + ".part", done)
+        trainer.state.save_to_json(str(work / "trainer_log.json"))
         for old in work.glob("checkpoint-*"):
             shutil.rmtree(old)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -221,3 +223,18 @@ def test_command_line(data, cnn, tmp_path):
     run = CliRunner().invoke(app, ["score", str(out), "--photos", str(data)])
     assert "2 images, beam 3: BLEU-1" in run.output
     assert isinstance(CliRunner().invoke(app, ["score", str(out)]).exception, DataError)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_captioner(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text("from captionfix.train_cli import app\napp()\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    options = ["--scenes", "32", "--batch", "4", "--hidden", "16", "--max-steps", "2", "--save-every", "2"]
+    subprocess.run(
+        [*torchrun, str(script), "scenes", "--out", str(tmp_path / "out"), *options], check=True, timeout=300
+    )
+    state = json.loads((tmp_path / "out.work" / "fit" / "trainer_log.json").read_text())
+    assert state["global_step"] == 2
+    assert state["epoch"] == pytest.approx(0.5)  # 2 steps x 2 processes x 4 scenes of 32
+    assert len(load(tmp_path / "out").vocabulary) > 10
