@@ -61,6 +61,11 @@ class Policy:
             return False
         return self.linear_kept is None if operation == "linear" else self.convolutions is None
 
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is left out anywhere, so that full tables pay."""
+        return self.neurons is None and self.convolutions is None and self.linear_kept is None and self.opposed == "bias"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

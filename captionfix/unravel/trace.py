@@ -243,7 +243,12 @@ class Trace(TorchDispatchMode):
     # recording -----------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # In here PyTorch leaves out the key under which a view of a parameter is known to require a gradient; matmul asks for that to
+        # choose its kernel, so that a linear layer on a non-contiguous sequence would differ in the last bit from what runs unrecorded.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            return self._record(func, args, kwargs or {})
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, rule = op_name(func), find(func)
         tensors = list(_tensors_in(args)) + list(_tensors_in(tuple(kwargs.values())))
         variable = any(self._is_variable(t) for t in tensors)

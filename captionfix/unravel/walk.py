@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as default
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperation
-from .dense import DENSE, dense_links
+from .dense import DENSE, Fields, move, to_evidence, to_field
 from .evidence import Evidence, join
 from .policy import Policy
-from .registry import RULES, Link, find
+from .registry import RULES, Link, Rule, find
 from .trace import Operation, Slot, Trace, Value
 
 
@@ -28,8 +30,8 @@ class Account:
 
     words: int
     bias: Tensor
-    cuts: dict[str, Evidence] = field(default_factory=dict)
-    _leaves: dict[Value, Evidence] = field(default_factory=dict)
+    cuts: dict[str, Evidence] = default(default_factory=dict)
+    _leaves: dict[Value, Evidence] = default(default_factory=dict)
 
     def at(self, slot: Slot) -> Evidence:
         """Evidence that ended in a leaf; elements of the slot's tensor. Empty where none did."""
@@ -97,7 +99,15 @@ def walk(
     wanted: dict[Value, list[tuple[str, Slot]]] = {}
     for name, slot in (cuts or {}).items():
         wanted.setdefault(slot.value, []).append((name, slot))
-    _walk(trace.operations, pending, account, policy, wanted, stop)
+    if policy.everything:
+        fields = Fields(words, reference)
+        for slot, evidence in targets:
+            fields.add(slot, to_field(evidence, words, slot.numel))
+        _walk_dense(trace.operations, fields, account, policy, wanted, stop)
+        account.bias.clamp_min_(0)
+        pending = {value: [to_evidence(field)] for value, field in fields.waiting.items()}
+    else:
+        _walk(trace.operations, pending, account, policy, wanted, stop)
     for value, parts in pending.items():
         evidence = join(parts).merged()
         stopped = _cut(value, evidence, account, wanted)
@@ -124,7 +134,9 @@ def _walk(
             if slot.value.previous is not None and bool((elements < 0).any()):  # cells that the write did not touch
                 pending.setdefault(slot.value.previous, []).append(evidence.where(elements < 0))
             written = elements >= 0
-            arrived[number] = evidence.at(elements) if bool(written.all()) else evidence.at(elements).where(written)
+            evidence = evidence.at(elements) if bool(written.all()) else evidence.at(elements).where(written)
+            if len(evidence):
+                arrived[number] = evidence
         if arrived:
             _apply(operation, arrived, pending, account, policy)
             operation.memo.clear()
@@ -139,21 +151,23 @@ def _cut(value: Value, evidence: Evidence, account: Account, wanted: dict[Value,
 def _apply(
     operation: Operation, arrived: dict[int, Evidence], pending: dict[Value, list[Evidence]], account: Account, policy: Policy
 ) -> None:
-    rule = find(operation.func)
-    if rule is None:
-        raise UnsupportedOperation(
-            f"no rule for {operation}: evidence reached it and can go no further. Register one: "
-            f"@captionfix.unravel.register({operation.name!r}); docstring of captionfix.unravel.registry says what a rule is "
-            f"({len(RULES)} operations have one)."
-        )
+    rule = _rule(operation)
     if rule.expansion is not None:
-        _expand(operation, rule.expansion, arrived, pending, account, policy)
+        inner, slots = _expanded(operation, rule.expansion)
+        for number, evidence in arrived.items():
+            pending.setdefault(slots[number].value, []).append(evidence.at(slots[number].cells(evidence.element)))
+        _walk(inner, pending, account, policy, {}, False)
         return
     assert rule.function is not None
     for number, evidence in arrived.items():
         if operation.name in DENSE and policy.dense(operation.name):
-            left = dense_links(operation, number, evidence, account.words, policy, pending)
-            account.bias += evidence.per_word(account.words) - left
+            out = operation.outputs[number]
+            assert out is not None
+            slot, field = move(operation, number, to_field(evidence, account.words, out.numel), policy)
+            account.bias += evidence.per_word(account.words) - field.sum((0, 2))
+            part = to_evidence(field)
+            pending.setdefault(slot.value, []).append(part.at(slot.cells(part.element)) if not slot.repeats() else Evidence(
+                part.word, slot.cells(part.element), part.direction, part.mass))
             continue
         if rule.pointwise:  # nothing to look up, and what was distinct stays so
             ((slot, index, _, direction),) = rule.function(operation, number, evidence.element, evidence.direction, policy)
@@ -183,31 +197,80 @@ def _follow(links: Sequence[Link], which: Tensor, evidence: Evidence, pending: d
     account.bias.index_add_(0, evidence.word, (evidence.mass - moved).clamp_min(0))
 
 
-def _expand(
-    operation: Operation, expansion: object, arrived: dict[int, Evidence], pending: dict[Value, list[Evidence]], account: Account,
-    policy: Policy,
-) -> None:
-    """Runs the equations that an operation stands for under a trace of their own and walks that."""
+def _rule(operation: Operation) -> Rule:
+    rule = find(operation.func)
+    if rule is None:
+        raise UnsupportedOperation(
+            f"no rule for {operation}: evidence reached it and can go no further. Register one: "
+            f"@captionfix.unravel.register({operation.name!r}); docstring of captionfix.unravel.registry says what a rule is "
+            f"({len(RULES)} operations have one)."
+        )
+    return rule
+
+
+def _expanded(operation: Operation, expansion: Callable[..., Any]) -> tuple[list[Operation], list[Slot]]:
+    """The equations that an operation stands for, run under a trace of their own: its operations, and where its outputs lie."""
     inner = Trace()
     for slot in operation.inputs():
         if slot.value.base is not None:
             inner._values[slot.value.base.untyped_storage()._cdata] = slot.value
-    with inner:
-        def tensors(argument: object) -> object:
-            if isinstance(argument, Slot):
-                return argument.read()
-            return [tensors(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
 
-        args = [tensors(a) for a in operation.args]
-        kwargs = {k: tensors(v) for k, v in operation.kwargs.items()}
-        result = expansion(operation, *args, **kwargs)  # type: ignore[operator]
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        slots = [inner.slot(r) for r in results]
+    def tensors(argument: Any) -> Any:
+        if isinstance(argument, Slot):
+            return argument.read()
+        return [tensors(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
+
+    with inner:
+        result = expansion(operation, *map(tensors, operation.args), **{k: tensors(v) for k, v in operation.kwargs.items()})
+        slots = [inner.slot(r) for r in (result if isinstance(result, (tuple, list)) else (result,))]
     for recorded in inner.operations:
         recorded.module = operation.module
-    for number, evidence in arrived.items():
-        pending.setdefault(slots[number].value, []).append(evidence.at(slots[number].cells(evidence.element)))
-    _walk(inner.operations, pending, account, policy, {}, False)
+    return inner.operations, slots
+
+
+def _walk_dense(
+    operations: Sequence[Operation], fields: Fields, account: Account, policy: Policy, wanted: dict[Value, list[tuple[str, Slot]]],
+    stop: bool,
+) -> None:
+    """As `_walk`, over full tables."""
+    for operation in reversed(operations):
+        arrived: dict[int, Tensor] = {}
+        for number, slot in enumerate(operation.outputs):
+            if slot is None or slot.value not in fields.waiting or not slot.value.variable:
+                continue
+            field = fields.waiting.pop(slot.value)
+            if _cut(slot.value, to_evidence(field), account, wanted) and stop:
+                continue
+            if not (slot.is_plain() and slot.numel == field.shape[2]):
+                cells = slot.cells(torch.arange(slot.numel, device=field.device))
+                whole, field = field, field[:, :, cells]
+                whole[:, :, cells] = 0
+                if slot.value.previous is not None and bool(whole.any()):  # cells that the write did not touch
+                    fields.at(Slot(slot.value.previous, (whole.shape[2],), (1,), 0)).add_(whole)
+            arrived[number] = field
+        if not arrived:
+            continue
+        rule = _rule(operation)
+        if rule.expansion is not None:
+            inner, slots = _expanded(operation, rule.expansion)
+            for number, field in arrived.items():
+                fields.add(slots[number], field)
+            _walk_dense(inner, fields, account, policy, {}, False)
+            continue
+        assert rule.function is not None
+        for number, field in arrived.items():
+            account.bias += field.sum((0, 2))
+            if operation.name in DENSE:
+                slot, field = move(operation, number, field, policy)
+                fields.add(slot, field)
+                account.bias -= field.sum((0, 2))
+                continue
+            for direction, mass in zip((1.0, -1.0), field, strict=True):
+                neurons = torch.nonzero(mass.any(0))[:, 0]
+                if len(neurons):
+                    links = rule.function(operation, number, neurons, mass.new_full((len(neurons),), direction), policy)
+                    account.bias -= fields.follow(links, mass[:, neurons], len(neurons))
+        operation.memo.clear()
 
 
 def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:

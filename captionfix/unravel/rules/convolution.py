@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dense import each
 from ..policy import Policy, split
 from ..registry import Link, register
 from ..trace import Operation, Slot
@@ -21,12 +22,6 @@ class Geometry(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
-
-
-def each(number: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """``3`` or ``[3]`` -> ``(3, 3)``."""
-    numbers = (number,) if isinstance(number, int) else tuple(number)
-    return numbers * dimensions if len(numbers) == 1 else numbers
 
 
 def window(where: Sequence[Tensor], extent: Sequence[int], geometry: Geometry) -> Tensor:
