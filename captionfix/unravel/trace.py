@@ -243,6 +243,8 @@ class Trace(TorchDispatchMode):
     # recording -----------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            return self._record(func, args, kwargs or {})
         # In here PyTorch leaves out the key under which a view of a parameter is known to require a gradient; matmul asks for that to
         # choose its kernel, so that a linear layer on a non-contiguous sequence would differ in the last bit from what runs unrecorded.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
