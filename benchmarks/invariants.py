@@ -4,9 +4,10 @@ Run from the repository's root (about a second for two networks):
 
     python benchmarks/invariants.py --networks 200 --seed 0
 
-The networks are those of the engine's property tests (``tests/unravel/networks.py``): random stacks of convolutions, norms,
-activations, poolings, residuals, concatenations, shuffles and gates under random LSTM, GRU and attention decoders, float32, random
-weights. Prints a line for each policy: the worst error of a word's total, and where it was.
+The networks are those of the engine's property tests (``tests/unravel/networks.py``): random stacks of
+convolutions, norms, activations, poolings, residuals, concatenations, shuffles and gates under random LSTM,
+GRU and attention decoders, float32, random weights. Prints a line for each policy: the worst error of a
+word's total, and where it was.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Random captioners: a random CNN followed by a random decoder, built from the choices of whoever picks.
 
-``pick(options)`` chooses one of a sequence: hypothesis in the tests, a seeded generator in ``benchmarks/invariants.py``.
+``pick(options)`` chooses one of a sequence: hypothesis in the tests, a seeded generator in
+``benchmarks/invariants.py``.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def cnn(pick: Pick, size: tuple[int, int], blocks: Sequence[str] = BLOCKS, depth
     return nn.Sequential(*layers).eval()
 
 
-# decoders: (B, C, h, w) features and (B, T) tokens -> (B, T, WORDS) scores ------------------------------------------------------
+# decoders: (B, C, h, w) features and (B, T) tokens -> (B, T, WORDS) scores ------------------------------------------
 
 
 class Decoder(nn.Module):
@@ -257,7 +258,7 @@ class Sequence_(Decoder):
 
 
 class Attend(Decoder):
-    """Show, Attend and Tell with additive soft attention, a sigmoid gate, and scores written into a tensor step by step."""
+    """Show, Attend and Tell: additive soft attention, a sigmoid gate, scores written into a tensor step by step."""
 
     def __init__(self, shape: Sequence[int], log: bool, kind: str, gated: bool):
         super().__init__(shape, log)

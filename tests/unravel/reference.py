@@ -1,8 +1,9 @@
+# ruff: noqa: B023 - each lambda is called at once, in its own turn of the loop
 """The published rules once more, as plain loops over single neurons: what the engine is compared with.
 
-A network is a list of `Node`s in the order they run. `run` computes it with PyTorch's own operations (so the engine can record it);
-`unravel` goes back through it neuron by neuron, from METHOD.md's description of CNN Fixations alone: numbers in dictionaries, no code
-shared with the engine.
+A network is a list of `Node`s in the order they run. `run` computes it with PyTorch's own operations (so the
+engine can record it); `unravel` goes back through it neuron by neuron, from the description of CNN Fixations
+(Mopuri et al. 2018, Algorithm 1) alone: numbers in dictionaries, no code shared with the engine.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ Term = tuple[int, Place, float, float]  # node, element, contribution, sign of i
 def unravel(
     nodes: list[Node], values: list[Any], target: Place, rules: Rules, direction: int = 1
 ) -> tuple[dict[tuple[int, Place, int], float], float]:
-    """Evidence of one element of the last node on all inputs, (node, element, direction) -> mass, and the mass on the bias."""
+    """Evidence of one element of the last node on all inputs, (node, element, direction) -> mass; mass on the bias."""
     held: dict[int, dict[tuple[Place, int], float]] = defaultdict(lambda: defaultdict(float))
     held[len(nodes) - 1][target, direction] = 1.0
     ended: dict[tuple[int, Place, int], float] = {}
@@ -199,7 +200,7 @@ def _convolution(
 
 
 def _lstm(node: Node, values: list[Any], at: Place, d: int, rules: Rules) -> list[tuple[int, Place, int, float]]:
-    """``h = o * tanh(c)`` goes to c; ``c = f * c' + i * g`` is a sum of two terms; ``g = tanh(W x + U h + b)`` a sum over x and h."""
+    """``h = o * tanh(c)`` goes to c; ``c = f * c' + i * g`` is two terms; ``g = tanh(W x + U h + b)`` a sum."""
     (from_x, from_h, from_c), (_, row, unit) = node.inputs, at
     x, h, c = (values[i][row] for i in node.inputs)
     weight_x, weight_h, bias_x, bias_h = node.options["weights"]

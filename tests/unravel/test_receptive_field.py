@@ -13,8 +13,8 @@ from captionfix.unravel import Trace, start, walk
 
 
 def receptive_field(network: nn.Module, shape: torch.Size) -> torch.Tensor:
-    """(neurons, pixels): which elements of a (1, C, H, W) input each output neuron sees. NaN is put in one element at a time; an output
-    that then is NaN has seen it, whatever the values of weights and activations."""
+    """(neurons, pixels): which elements of a (1, C, H, W) input each output neuron sees. NaN is put in one
+    element at a time; an output that then is NaN has seen it, whatever the values of weights and activations."""
     count = shape.numel()
     poisoned = torch.zeros(count, count, dtype=torch.float64)
     poisoned.fill_diagonal_(torch.nan)

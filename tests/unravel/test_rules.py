@@ -1,7 +1,8 @@
 """Rules of single operations against PyTorch's own derivatives.
 
-Where an operation only moves or chooses numbers, a neuron's gradient is 1 at the one element it came from. Where it is pointwise, the
-gradient's sign is the direction. Where it is a sum, contributions are gradient times input. So autograd says where evidence must go.
+Where an operation only moves or chooses numbers, a neuron's gradient is 1 at the one element it came from.
+Where it is pointwise, the gradient's sign is the direction. Where it is a sum, contributions are gradient
+times input. So autograd says where evidence must go.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ NETWORKS = {
 
 
 def replay(trace: Trace) -> int:
-    """Runs every recorded operation again on what the record holds of its inputs, and compares; how many could be run. One that
-    cannot has a rule that does not look, and inputs that were overwritten."""
+    """Runs every recorded operation again on what the record holds of its inputs, and compares; how many
+    could be run. One that cannot has a rule that does not look, and inputs that were overwritten."""
     done = 0
     for operation in trace.operations:
         if any(slot.value.base is None for slot in operation.inputs()):
@@ -83,7 +83,10 @@ def replay(trace: Trace) -> int:
         again = again if isinstance(again, (tuple, list)) else (again,)
         for slot, tensor in zip(operation.outputs, again, strict=True):
             if slot is not None and slot.value.base is not None:
-                assert torch.equal(slot.read(), tensor), str(operation)
+                # a weight read back asks for no gradient; matmul chooses its kernel by that: equal but for the last bit
+                torch.testing.assert_close(
+                    slot.read(), tensor, atol=1e-6, rtol=1e-5, msg=lambda m, operation=operation: f"{operation}: {m}"
+                )
                 done += 1
     return done
 
@@ -276,7 +279,7 @@ def test_training_mode_parameters_and_inference_state_are_untouched():
     assert network[0].weight.grad is not None
 
 
-# slots ---------------------------------------------------------------------------------------------------------------------------
+# slots --------------------------------------------------------------------------------------------------------------
 
 
 def view(base, pick):

@@ -29,7 +29,7 @@ def on_input(run, x, elements, policy, tokens=None):
     return [*found, account.share(at_x)]
 
 
-# sequences ------------------------------------------------------------------------------------------------------------------------
+# sequences ----------------------------------------------------------------------------------------------------------
 
 
 def cells_of(rnn):
@@ -152,7 +152,7 @@ def test_language_evidence_lands_on_the_right_token(decoder):
     assert set(torch.nonzero(credits)[:, 1].tolist()) == {2}
 
 
-# dense against sparse -----------------------------------------------------------------------------------------------------------
+# dense against sparse -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mass", ["share", "set"])
@@ -198,7 +198,7 @@ def test_layers_without_a_batch_dimension(layer):
             torch.testing.assert_close(mine, other)
 
 
-# the feature map ----------------------------------------------------------------------------------------------------------------
+# the feature map ----------------------------------------------------------------------------------------------------
 
 
 def feature_map(network, *inputs):
@@ -250,7 +250,7 @@ def test_a_network_without_positions_has_no_feature_map():
     assert feature_map(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval(), torch.randn(1, 6))[1] is None
 
 
-# operations without a rule, and rules of one's own ------------------------------------------------------------------------------
+# operations without a rule, and rules of one's own ------------------------------------------------------------------
 
 
 class Strange(nn.Module):
