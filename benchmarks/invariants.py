@@ -35,11 +35,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     began, words, operations, kinds = time.perf_counter(), 0, 0, set()
+    shares: list[float] = []
     worst = dict.fromkeys(FOLLOWED, (0.0, options.seed))
     for seed in range(options.seed, options.seed + options.networks):
         network, pixels, tokens = captioner(random.Random(seed).choice)
         with Trace(network) as trace:
-            trace.watch("image", pixels)
+            image = trace.slot(trace.watch("image", pixels))
             trace.watch("tokens", tokens)
             logits = network(pixels, tokens)
             target = trace.slot(logits)
@@ -49,10 +50,12 @@ def main() -> None:
         kinds.update(operation.name for operation in trace.operations)
         for name, policy in FOLLOWED.items():
             account = walk(trace, [(target, start(target, best))], policy)
+            shares += account.share(image).tolist()
             worst[name] = max(worst[name], (float((account.total() - 1).abs().max()), seed))
     print(
         f"{options.networks} random networks, {operations} operations of {len(kinds)} kinds, {words} words, "
-        f"{time.perf_counter() - began:.0f} s; float32"
+        f"{time.perf_counter() - began:.0f} s; float32\n"
+        f"mass that ends in the image: {sum(shares) / len(shares):.2f} on average"
     )
     for name, (error, seed) in worst.items():
         print(f"{name:>18}: worst |total - 1| = {error:.2e} (network {seed})")
