@@ -50,16 +50,36 @@ METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Tensor]] = {
 
 @overload
 def explain(
-    captioner: Captioner, images: list[Any] | tuple[Any, ...], caption: str | Sequence[str] | None = None, **options: Any
+    captioner: Captioner,
+    images: list[Any] | tuple[Any, ...],
+    caption: str | Sequence[str] | None = None,
+    *,
+    contrast: Mapping[Any, str] | None = None,
+    method: str = "default",
+    policy: Policy | str | Mapping[str, Any] = "default",
+    beams: int = 3,
+    unknown: Literal["error", "map"] = "error",
+    batch_size: int = 16,
 ) -> list[Explanation]: ...
 @overload
-def explain(captioner: Captioner, images: Any, caption: str | None = None, **options: Any) -> Explanation: ...
+def explain(
+    captioner: Captioner,
+    images: Any,
+    caption: str | None = None,
+    *,
+    contrast: Mapping[Any, str] | None = None,
+    method: str = "default",
+    policy: Policy | str | Mapping[str, Any] = "default",
+    beams: int = 3,
+    unknown: Literal["error", "map"] = "error",
+    batch_size: int = 16,
+) -> Explanation: ...
 def explain(
     captioner: Captioner,
     images: Any,
     caption: str | Sequence[str] | None = None,
     *,
-    contrast: Mapping[str | int, str] | None = None,
+    contrast: Mapping[Any, str] | None = None,
     method: str = "default",
     policy: Policy | str | Mapping[str, Any] = "default",
     beams: int = 3,
@@ -68,22 +88,23 @@ def explain(
 ) -> Explanation | list[Explanation]:
     """Shows where each word of a caption comes from.
 
-    The image is captioned (or the given caption taken), the caption is decoded once teacher-forced, and every word's evidence is
-    found at the CNN's feature map (``method``) and unraveled from there to the pixels (``policy``).
+    The image is captioned (or the given caption taken), the caption is decoded once teacher-forced, and every word's
+    evidence is found at the CNN's feature map (``method``) and unraveled from there to the pixels (``policy``).
 
     Args:
         captioner: what `captionfix.load` returns, or a `Captioner` of your own.
-        images: a path, PIL image, array (H, W, 3) or tensor (3, H, W); a list or tuple of them gives a list of explanations.
+        images: a path, PIL image, array (H, W, 3) or tensor (3, H, W); a list or tuple of them gives a list of
+            explanations.
         caption: anybody's caption instead of the captioner's own; for several images one for all, or one each.
-        contrast: ``{"dog": "cat"}`` explains "dog" by what speaks for it and against "cat". Keys are words of the caption (all
-            their occurrences) or places.
-        method: how words depend on the feature map: ``"joined"`` (the default: removal and flow together), ``"removal"``, ``"flow"`` or
-            ``"attention"``.
-        policy: how much evidence is followed: ``"default"``, ``"paper"`` (CNN Fixations as published; its method is the flow),
-            ``"marginal"``, a `captionfix.Policy` or its fields.
+        contrast: ``{"dog": "cat"}`` explains "dog" by what speaks for it and against "cat". Keys are words of the
+            caption (all their occurrences) or places.
+        method: how words depend on the feature map: ``"joined"`` (the default: removal and flow together),
+            ``"removal"``, ``"flow"`` or ``"attention"``.
+        policy: how much evidence is followed: ``"default"``, ``"paper"`` (CNN Fixations as published; its method is
+            the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
-        unknown: what to do about words of a given caption that the captioner does not know: ``"error"`` lists them, ``"map"`` feeds
-            the captioner's word for unknown.
+        unknown: what to do about words of a given caption that the captioner does not know: ``"error"`` lists them,
+            ``"map"`` feeds the captioner's word for unknown.
         batch_size: images encoded and unraveled at once; it bounds the memory.
 
     Raises:
@@ -105,7 +126,9 @@ def explain(
     explanations: list[Explanation] = []
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        explanations += _batch(captioner, pictures[part], captions[part], contrast or {}, method, followed, beams, unknown)
+        explanations += _batch(
+            captioner, pictures[part], captions[part], contrast or {}, method, followed, beams, unknown
+        )
     return explanations if several else explanations[0]
 
 
@@ -119,21 +142,29 @@ def _settings(captioner: Captioner, method: str, policy: Policy | str | Mapping[
 
 
 def _batch(
-    captioner: Captioner, pictures: Sequence[Image.Image], captions: Sequence[str | None], contrast: Mapping[str | int, str],
-    method: str, policy: Policy, beams: int, unknown: Literal["error", "map"],
+    captioner: Captioner,
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str | None],
+    contrast: Mapping[Any, str],
+    method: str,
+    policy: Policy,
+    beams: int,
+    unknown: Literal["error", "map"],
 ) -> list[Explanation]:
     given = [None if caption is None else captioner.tokenize(caption, unknown) for caption in captions]
     prepared = [captioner.prepare(picture) for picture in pictures]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
     encoded = map_to_pixels.encode(captioner, pixels)
     if not bool(torch.isfinite(encoded.features).all()):
-        raise CaptionerError(f"captioner {captioner.name!r}: its feature map is not finite; its weights are damaged or too large")
+        raise CaptionerError(
+            f"captioner {captioner.name!r}: its feature map is not finite; its weights are damaged or too large"
+        )
     wanted = [i for i, ids in enumerate(given) if ids is None]
     if wanted:
         with torch.inference_mode():
             generated = captioner.generate(pixels[wanted], beams=beams)
-        for i, ids in zip(wanted, generated, strict=True):
-            given[i] = tuple(ids)
+        for i, made in zip(wanted, generated, strict=True):
+            given[i] = tuple(made)
     words: list[list[Word]] = []
     evidence, owner = [], []
     for i, ids in enumerate(given):
@@ -142,7 +173,7 @@ def _batch(
         if not ids:
             words.append([])
             continue
-        features = encoded.features[i:i + 1]
+        features = encoded.features[i : i + 1]
         found = flow(captioner, features, caption, policy)
         at_map = METHODS[method](captioner, features, caption, found)
         effect = image_effect(captioner, features, caption)
@@ -156,14 +187,20 @@ def _batch(
     settings = policy.as_dict()
     return [
         Explanation(
-            image=picture, words=tuple(each), caption=captioner.text(ids or ()), captioner=captioner.name, method=method, policy=settings,
-            window=p.window, grid=(pixels.shape[3], pixels.shape[2]),
+            image=picture,
+            words=tuple(each),
+            caption=captioner.text(ids or ()),
+            captioner=captioner.name,
+            method=method,
+            policy=settings,
+            window=p.window,
+            grid=(pixels.shape[3], pixels.shape[2]),
         )
         for picture, each, ids, p in zip(pictures, words, given, prepared, strict=True)
     ]
 
 
-def _contrasts(captioner: Captioner, ids: Sequence[int], contrast: Mapping[str | int, str]) -> tuple[int | None, ...]:
+def _contrasts(captioner: Captioner, ids: Sequence[int], contrast: Mapping[Any, str]) -> tuple[int | None, ...]:
     result: list[int | None] = [None] * len(ids)
     texts = [captioner.vocabulary.word(i) for i in ids]
     for key, other in contrast.items():
@@ -185,7 +222,9 @@ def _words(captioner: Captioner, caption: Caption, found: Flow, at_map: Tensor, 
     vocabulary = captioner.vocabulary
     probability = found.logits.softmax(-1)
     if not bool(torch.isfinite(probability).all()):
-        raise CaptionerError(f"captioner {captioner.name!r}: its output is not finite; its weights are damaged or too large")
+        raise CaptionerError(
+            f"captioner {captioner.name!r}: its output is not finite; its weights are damaged or too large"
+        )
     top = probability.topk(min(ALTERNATIVES, probability.shape[1]), 1)
     texts = [vocabulary.word(i) for i in caption.ids]
     earlier = ["<start>", *texts]
@@ -195,14 +234,25 @@ def _words(captioner: Captioner, caption: Caption, found: Flow, at_map: Tensor, 
     result = []
     for k, text in enumerate(texts):
         against = contrast[k]
-        result.append(Word(
-            text=text, index=k, token=caption.ids[k], probability=float(probability[k, caption.ids[k]]),
-            fixations=np.zeros((0, 3), np.float32), feature_map=maps[k], image_share=min(share[k], 1.0),
-            language=tuple((earlier[t], tokens[k][t]) for t in range(k + 1)), other=max(other[k], 0.0),
-            image_effect=float(effect[k]),
-            alternatives=tuple((vocabulary.word(i), p) for i, p in zip(top.indices[k].tolist(), top.values[k].tolist(), strict=True)),
-            contrast=None if against is None else vocabulary.word(against),
-        ))
+        result.append(
+            Word(
+                text=text,
+                index=k,
+                token=caption.ids[k],
+                probability=float(probability[k, caption.ids[k]]),
+                fixations=np.zeros((0, 3), np.float32),
+                feature_map=maps[k],
+                image_share=min(share[k], 1.0),
+                language=tuple((earlier[t], tokens[k][t]) for t in range(k + 1)),
+                other=max(other[k], 0.0),
+                image_effect=float(effect[k]),
+                alternatives=tuple(
+                    (vocabulary.word(i), p)
+                    for i, p in zip(top.indices[k].tolist(), top.values[k].tolist(), strict=True)
+                ),
+                contrast=None if against is None else vocabulary.word(against),
+            )
+        )
     return result
 
 
@@ -214,5 +264,7 @@ def _placed(word: Word, mass: Tensor, prepared: Prepared) -> Word:
     row, column = torch.nonzero(mass > 0, as_tuple=True)
     x0, y0, x1, y1 = prepared.window
     weight = mass[row, column]
-    points = torch.stack([x0 + (column + 0.5) * ((x1 - x0) / width), y0 + (row + 0.5) * ((y1 - y0) / height), weight / weight.sum()], 1)
+    points = torch.stack(
+        [x0 + (column + 0.5) * ((x1 - x0) / width), y0 + (row + 0.5) * ((y1 - y0) / height), weight / weight.sum()], 1
+    )
     return replace(word, fixations=points.numpy().astype(np.float32))

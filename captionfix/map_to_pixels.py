@@ -46,8 +46,8 @@ def channels(features: Tensor, maps: Tensor, given: Tensor | None = None) -> Ten
     Args:
         features: (F, h, w) one image's feature map.
         maps: (n, h, w) evidence on cells.
-        given: (n, F, h, w) evidence on neurons, as the flow gives it; a cell's mass follows its channels where it has any. None
-            spreads in proportion to positive activation (to its size, where a cell has no positive one).
+        given: (n, F, h, w) evidence on neurons, as the flow gives it; a cell's mass follows its channels where it has
+            any. None spreads in proportion to positive activation (to its size, where a cell has no positive one).
 
     Returns:
         (n, F, h, w), each cell's channels summing to its evidence.

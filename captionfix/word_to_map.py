@@ -1,9 +1,10 @@
 """First leg: how much each word of a caption depends on each cell of the CNN's feature map.
 
-Three ways, which need nothing of the image's pixels and meet the second leg (`captionfix.map_to_pixels`) in evidence at the feature map:
+Three ways, which need nothing of the image's pixels and meet the second leg (`captionfix.map_to_pixels`) in evidence
+at the feature map:
 
-- `removal`: the decoder's causal dependence. Cells are taken out, the same caption is decoded teacher-forced, and the drop of each
-  word's score counts. No gradients, any decoder, all cells in one batch.
+- `removal`: the decoder's causal dependence. Cells are taken out, the same caption is decoded teacher-forced, and the
+  drop of each word's score counts. No gradients, any decoder, all cells in one batch.
 - `flow`: the engine's evidence from the word's logit back through the decoder, which also accounts for earlier words.
 - `attention`: the weights of a model that has them.
 """
@@ -82,7 +83,8 @@ def removal(
     for part in cells.split(batch):
         row, column = part // width, part % width
         out = ((rows[None, :, None] - row[:, None, None]).abs() <= reach) & (
-            (columns[None, None, :] - column[:, None, None]).abs() <= reach)
+            (columns[None, None, :] - column[:, None, None]).abs() <= reach
+        )
         changed = torch.where(out[:, None], filling, features)
         without.append(caption.scores(captioner.decode(changed, tokens.expand(len(part), -1))))
     return (whole - torch.cat(without)).T.reshape(-1, height, width)
@@ -90,13 +92,15 @@ def removal(
 
 @torch.inference_mode()
 def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
-    """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses when it can
-    no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that; for it every cell is set
-    to zero instead."""
+    """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses
+    when it can no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that;
+    for it every cell is set to zero instead."""
     tokens = caption.inputs(features.device)
     plain = Caption(caption.start, caption.ids)
     mean = features.mean((2, 3), keepdim=True).expand_as(features)
-    whole, blank, zero = plain.scores(captioner.decode(torch.cat([features, mean, torch.zeros_like(features)]), tokens.expand(3, -1)))
+    whole, blank, zero = plain.scores(
+        captioner.decode(torch.cat([features, mean, torch.zeros_like(features)]), tokens.expand(3, -1))
+    )
     pooled = torch.allclose(whole, blank, atol=1e-4)
     return whole - (zero if pooled else blank)
 
@@ -124,7 +128,11 @@ class Flow:
 
 
 def flow(
-    captioner: Captioner, features: Tensor, caption: Caption, policy: Policy, target: Literal["logit", "alternatives"] = "logit"
+    captioner: Captioner,
+    features: Tensor,
+    caption: Caption,
+    policy: Policy,
+    target: Literal["logit", "alternatives"] = "logit",
 ) -> Flow:
     """Evidence from each word back through the decoder.
 
@@ -133,8 +141,9 @@ def flow(
         features: (1, F, h, w).
         caption: the words.
         policy: what the engine keeps.
-        target: where mass starts: ``"logit"``, the word's own logit, or ``"alternatives"``, the logit minus the mean logit of the
-            words that the model finds likely, sum_v p(v) logit(v). A word with a contrast starts from logit(word) - logit(contrast).
+        target: where mass starts: ``"logit"``, the word's own logit, or ``"alternatives"``, the logit minus the mean
+            logit of the words that the model finds likely, sum_v p(v) logit(v). A word with a contrast starts from
+            logit(word) - logit(contrast).
     """
     tokens = caption.inputs(features.device)
     module = getattr(captioner, "model", None)
@@ -170,7 +179,9 @@ def _targets(
     # a difference of logits is one sum over the output layer's inputs, in which what both words share cancels
     producer = slot.value.producer
     if producer is None or producer.name != "linear":
-        raise PolicyError("the flow from a word against others needs logits that come straight out of a linear layer; use removal")
+        raise PolicyError(
+            "the flow from a word against others needs logits that come straight out of a linear layer; use removal"
+        )
     x, weight = producer.args[0], producer.args[1].read()
     against = logits[0].softmax(-1) if target == "alternatives" else torch.zeros_like(logits[0])
     own = target == "alternatives"
@@ -178,10 +189,17 @@ def _targets(
     for k, other in enumerate(contrasts):
         if other is not None:
             rows[k] = weight[ids[k]] - weight[other]
-    index = torch.arange(count, device=logits.device)[:, None] * x.shape[-1] + torch.arange(x.shape[-1], device=logits.device)
+    index = torch.arange(count, device=logits.device)[:, None] * x.shape[-1] + torch.arange(
+        x.shape[-1], device=logits.device
+    )
     link = weighted(x, index, rows, torch.ones_like(rows[:, 0]), policy.linear_kept, policy)
-    word = torch.arange(count, device=logits.device)[:, None].expand_as(link.index)
-    evidence = Evidence(word.reshape(-1), link.index.reshape(-1), link.direction.expand_as(link.share).reshape(-1), link.share.reshape(-1))
+    word = torch.arange(count, device=logits.device)[:, None].expand_as(link.element)
+    evidence = Evidence(
+        word.reshape(-1),
+        link.element.reshape(-1),
+        link.direction.expand_as(link.share).reshape(-1),
+        link.share.reshape(-1),
+    )
     return x, evidence.where(evidence.mass > 0), 1 - link.share.sum(1)
 
 

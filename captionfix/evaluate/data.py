@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..errors import DataError
 from ..images import read_image
+from ..render.figure import FUNCTION_WORDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,9 @@ class Phrase:
     mask: NDArray[np.bool_] | None = None
 
     def region(self, grid: tuple[int, int]) -> NDArray[np.bool_]:
-        """(height, width) of a grid (width, height) over the whole image: cells whose centre lies in the phrase's boxes or mask."""
+        """(height, width) of a grid (width, height) over the whole image: cells whose centre lies in the phrase's
+        boxes or mask.
+        """
         width, height = grid
         if self.mask is not None:
             rows = ((np.arange(height) + 0.5) / height * self.mask.shape[0]).astype(int)
@@ -58,18 +61,11 @@ class Grounded:
 
 CONTENT = ("colour", "shape", "size", "surface")  # of a scene's words, those that one object determines
 
-# words that stand for nothing that could be pointed at
-FUNCTION_WORDS = frozenset(
-    "a an the of in on at with and or to by for from is are was were be being been it its his her their there this that these those as "
-    "into onto over under up down out off while who which some one two three four five six several another other each through near next "
-    "beside behind front around across along against between".split()
-)
-
 
 def lines(path: Path | str, limit: int | None = None) -> Iterator[Grounded]:
-    """The lines format: a JSON object a photograph with ``photo``, ``captions`` of ``words`` and ``phrases`` with ``boxes`` as fractions;
-    photographs in ``images/`` beside the file. The first caption of each photograph is read; words are lower-cased, punctuation is
-    dropped; a phrase's words are its content words.
+    """The lines format: a JSON object a photograph with ``photo``, ``captions`` of ``words`` and ``phrases`` with
+    ``boxes`` as fractions; photographs in ``images/`` beside the file. The first caption of each photograph is read;
+    words are lower-cased, punctuation is dropped; a phrase's words are its content words.
 
     Raises:
         DataError: the file is missing or a line is not of this form.
@@ -90,7 +86,7 @@ def lines(path: Path | str, limit: int | None = None) -> Iterator[Grounded]:
             yield Grounded(record["photo"], read_image(photo), words, phrases)
 
 
-def _caption(record: dict) -> tuple[tuple[str, ...], tuple[Phrase, ...]]:  # type: ignore[type-arg]
+def _caption(record: dict) -> tuple[tuple[str, ...], tuple[Phrase, ...]]:
     place: dict[int, int] = {}
     words: list[str] = []
     for i, word in enumerate(record["words"]):
@@ -102,14 +98,18 @@ def _caption(record: dict) -> tuple[tuple[str, ...], tuple[Phrase, ...]]:  # typ
     for phrase in record["phrases"]:
         if not phrase.get("boxes") or not phrase["entity"]:
             continue
-        content = tuple(place[i] for i in range(*phrase["span"]) if i in place and words[place[i]] not in FUNCTION_WORDS)
+        content = tuple(
+            place[i] for i in range(*phrase["span"]) if i in place and words[place[i]] not in FUNCTION_WORDS
+        )
         if content:
             phrases.append(Phrase(content, phrase["types"][0], tuple(tuple(box) for box in phrase["boxes"])))
     return tuple(words), tuple(phrases)
 
 
 def scenes(count: int, first_seed: int = 0, split: str = "test") -> Iterator[Grounded]:
-    """Generated scenes: every content word (colour, shape, size, surface) is a phrase of its own with the object's visible mask."""
+    """Generated scenes: every content word (colour, shape, size, surface) is a phrase of its own with the object's
+    visible mask.
+    """
     from ..scenes import scene
 
     for seed in range(first_seed, first_seed + count):

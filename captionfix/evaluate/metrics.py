@@ -1,7 +1,7 @@
 """Metrics of grounding. Each takes maps and regions on the same grid of pixels, (H, W); a map is not negative.
 
-Every function says its range and whether higher is better. A metric that is not defined (an empty map, an empty region) is NaN, never a
-hit, and `mean` leaves it out and counts it.
+Every function says its range and whether higher is better. A metric that is not defined (an empty map, an empty
+region) is NaN, never a hit, and `mean` leaves it out and counts it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Region = NDArray[np.bool_]
 def pointing(heatmap: Map, region: Region, tolerance: float = 0.0) -> float:
     """The pointing game: 1 if the map's maximum lies in the region, else 0. Higher is better.
 
-    Zhang et al. 2018 (IJCV), "Top-down neural attention by excitation backprop". Of several equal maxima the first in reading order
-    counts. ``tolerance``: a hit may lie this many pixels (strictly less) outside the region; TorchRay takes 15.
+    Zhang et al. 2018 (IJCV), "Top-down neural attention by excitation backprop". Of several equal maxima the first in
+    reading order counts. ``tolerance``: a hit may lie this many pixels (strictly less) outside the region; TorchRay
+    takes 15.
     """
     if not np.any(heatmap > 0) or not np.any(region):
         return math.nan
@@ -50,9 +51,9 @@ def overlap(first: Region, second: Region) -> float:
 
 
 def discrimination(first: Map, second: Map, region_first: Region, region_second: Region) -> float:
-    """Word discrimination of two phrases of one caption whose regions are disjoint: does each phrase's map hold more of its mass in its
-    own region than the other's map does? Both counted together: the mean of two comparisons, a tie being half. 0, 0.5 or 1 and quarters;
-    chance is 0.5. Higher is better.
+    """Word discrimination of two phrases of one caption whose regions are disjoint: does each phrase's map hold more
+    of its mass in its own region than the other's map does? Both counted together: the mean of two comparisons, a tie
+    being half. 0, 0.5 or 1 and quarters; chance is 0.5. Higher is better.
     """
     own = mass(first, region_first), mass(second, region_second)
     other = mass(second, region_first), mass(first, region_second)

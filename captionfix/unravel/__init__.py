@@ -11,6 +11,20 @@ from .trace import Operation, Slot, Trace, Value
 from .walk import Account, find_feature_map, start, walk
 
 __all__ = [
-    "POLICIES", "RULES", "Account", "Evidence", "Link", "Operation", "Policy", "Slot", "Trace", "Value", "find_feature_map", "join",
-    "register", "register_expansion", "start", "walk",
+    "POLICIES",
+    "RULES",
+    "Account",
+    "Evidence",
+    "Link",
+    "Operation",
+    "Policy",
+    "Slot",
+    "Trace",
+    "Value",
+    "find_feature_map",
+    "join",
+    "register",
+    "register_expansion",
+    "start",
+    "walk",
 ]

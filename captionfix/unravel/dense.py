@@ -1,10 +1,11 @@
 """Evidence when everything is kept: a full table instead of a sparse one, (2 directions, words, cells of a storage).
 
-The rules are the same; each is asked once for all neurons that hold anything, and its links move all words at once. Convolutions and
-fully connected layers are computed for all neurons together: for a neuron ``z = sum_k w_k x_k`` with direction d, contributor k gets
-``max(d w_k x_k, 0) / sum_j max(d w_j x_j, 0)`` of the mass. With ``x = x+ + x-`` and ``w = w+ + w-`` the agreeing contributions are
-linear in R / z+ (the rule z+ of deep Taylor decomposition; excitation backprop's rule without its restriction to positive activations),
-so a few passes of the operation and of its transpose do.
+The rules are the same; each is asked once for all neurons that hold anything, and its links move all words at once.
+Convolutions and
+fully connected layers are computed for all neurons together: for a neuron ``z = sum_k w_k x_k`` with direction d,
+contributor k gets ``max(d w_k x_k, 0) / sum_j max(d w_j x_j, 0)`` of the mass. With ``x = x+ + x-`` and ``w = w+ +
+w-`` the agreeing contributions are linear in R / z+ (the rule z+ of deep Taylor decomposition; excitation backprop's
+rule without its restriction to positive activations), so a few passes of the operation and of its transpose do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from .evidence import Evidence
 from .policy import Policy
@@ -20,7 +22,9 @@ from .registry import Link
 from .trace import Operation, Slot, Value
 
 _CONVOLUTIONS = {
-    "conv1d": (1, nn.grad.conv1d_input), "conv2d": (2, nn.grad.conv2d_input), "conv3d": (3, nn.grad.conv3d_input),
+    "conv1d": (1, conv1d_input),
+    "conv2d": (2, conv2d_input),
+    "conv3d": (3, conv3d_input),
 }
 DENSE = frozenset({*_CONVOLUTIONS, "linear"})
 _NUMBERS = 1 << 24  # products held at once
@@ -43,13 +47,17 @@ def move(operation: Operation, number: int, field: Tensor, policy: Policy) -> tu
     assert out is not None
     x, weight = slot.read(), operation.args[1].read()
     forward, transpose = _both_ways(operation, slot)
-    signals = [(towards, signal) for towards, signal in ((1, x.clamp_min(0)), (-1, x.clamp_max(0))) if bool(signal.any())]
+    signals = [
+        (towards, signal) for towards, signal in ((1, x.clamp_min(0)), (-1, x.clamp_max(0))) if bool(signal.any())
+    ]
     gains = field.new_zeros(2, field.shape[1], slot.numel)
     for direction, mass in zip((1, -1), field, strict=True):
         if not bool(mass.any()):
             continue
         # contributions that agree: signs of signal and weight alike for direction +1, unlike for -1
-        pairs = [(towards, signal, (weight * (direction * towards)).clamp_min(0) * towards) for towards, signal in signals]
+        pairs = [
+            (towards, signal, (weight * (direction * towards)).clamp_min(0) * towards) for towards, signal in signals
+        ]
         if policy.mass == "set":
             pairs = [(towards, signal.ne(0).to(x.dtype), taps.ne(0).to(x.dtype)) for towards, signal, taps in pairs]
         total = sum((forward(signal, taps).reshape(-1) for _, signal, taps in pairs), x.new_zeros(out.numel))
@@ -84,8 +92,13 @@ class Fields:
     def at(self, slot: Slot) -> Tensor:
         """The table (2, words, cells) of a slot's value, made where there is none."""
         if slot.value not in self.waiting:
-            cells = slot.value.cells if slot.value.base is not None else 1 + slot.offset + sum(
-                (extent - 1) * stride for extent, stride in zip(slot.shape, slot.stride, strict=True))
+            cells = (
+                slot.value.cells
+                if slot.value.base is not None
+                else 1
+                + slot.offset
+                + sum((extent - 1) * stride for extent, stride in zip(slot.shape, slot.stride, strict=True))
+            )
             self.waiting[slot.value] = self.reference.new_zeros(2, self.words, cells)
         return self.waiting[slot.value]
 
@@ -123,12 +136,18 @@ def each(number: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
     return numbers * dimensions if len(numbers) == 1 else numbers
 
 
-def _both_ways(operation: Operation, slot: Slot) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """The operation as a function of signal and weight, without bias; and its transpose for (words, *output) tensors."""
+def _both_ways(
+    operation: Operation, slot: Slot
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """The operation as a function of signal and weight, without bias; and its transpose for (words, *output)
+    tensors.
+    """
     if operation.name == "linear":
         return lambda x, weight: operation.func(x, weight), lambda ratio, weight: ratio @ weight
     dimensions, backward = _CONVOLUTIONS[operation.name]
-    stride, dilation = (each(operation.argument(i, name, 1), dimensions) for i, name in ((3, "stride"), (5, "dilation")))
+    stride, dilation = (
+        each(operation.argument(i, name, 1), dimensions) for i, name in ((3, "stride"), (5, "dilation"))
+    )
     padding, groups = operation.argument(4, "padding", 0), operation.argument(6, "groups", 1)
     padding = padding if isinstance(padding, str) else each(padding, dimensions)
 
@@ -138,8 +157,8 @@ def _both_ways(operation: Operation, slot: Slot) -> tuple[Callable[[Tensor, Tens
 
     def transpose(ratio: Tensor, weight: Tensor) -> Tensor:
         lead = ratio.shape[: ratio.dim() - dimensions - 1]  # words, and images where there is a batch
-        size = (lead.numel(), *slot.shape[-dimensions - 1:])
-        grad = ratio.reshape(size[0], *ratio.shape[-dimensions - 1:])
+        size = (lead.numel(), *slot.shape[-dimensions - 1 :])
+        grad = ratio.reshape(size[0], *ratio.shape[-dimensions - 1 :])
         if isinstance(padding, str):
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = torch.zeros(size, dtype=ratio.dtype, device=ratio.device, requires_grad=True)

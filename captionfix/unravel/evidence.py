@@ -17,7 +17,8 @@ class Evidence:
         element: int64, a row-major element number of a tensor, or a cell of a storage.
         direction: +1 or -1 (floating): whether the word wants the element higher or lower.
         mass: >= 0. A word starts with 1 in all.
-        distinct: whether it is known that no two rows have the same word, element and direction, and that rows are sorted by word.
+        distinct: whether it is known that no two rows have the same word, element and direction, and that rows are
+            sorted by word.
     """
 
     word: Tensor
@@ -31,7 +32,13 @@ class Evidence:
 
     def where(self, keep: Tensor) -> Evidence:
         """The rows that a boolean mask or an index keeps."""
-        return Evidence(self.word[keep], self.element[keep], self.direction[keep], self.mass[keep], self.distinct and keep.dtype == torch.bool)
+        return Evidence(
+            self.word[keep],
+            self.element[keep],
+            self.direction[keep],
+            self.mass[keep],
+            self.distinct and keep.dtype == torch.bool,
+        )
 
     def at(self, element: Tensor) -> Evidence:
         """The same rows at other elements."""
@@ -60,8 +67,8 @@ class Evidence:
         return merged if bool((mass > 0).all()) else merged.where(mass > 0)
 
     def pruned(self, budget: int | None, words: int) -> Evidence:
-        """At most ``budget`` rows a word, the heaviest, scaled so that each word keeps its mass. Rows must be sorted by word
-        (as `merged` leaves them)."""
+        """At most ``budget`` rows a word, the heaviest, scaled so that each word keeps its mass. Rows must be sorted
+        by word (as `merged` leaves them)."""
         if budget is None or len(self) <= budget:
             return self
         counts = torch.bincount(self.word, minlength=words)
@@ -82,4 +89,7 @@ def join(parts: list[Evidence]) -> Evidence:
     """All rows of several tables."""
     if len(parts) == 1:
         return parts[0]
-    return Evidence(*(torch.cat([getattr(p, name) for p in parts]) for name in ("word", "element", "direction", "mass")))
+    word, element, direction, mass = (
+        torch.cat([getattr(p, name) for p in parts]) for name in ("word", "element", "direction", "mass")
+    )
+    return Evidence(word, element, direction, mass)

@@ -4,8 +4,9 @@ A rule says, for one operation, which inputs each of its output neurons depends 
 
     rule(operation, output, neurons, direction, policy) -> list[Link]
 
-where ``neurons`` (D,) are row-major numbers of distinct elements of the operation's output number ``output`` and ``direction`` (D,)
-is +1 or -1. What the links' shares leave of 1 goes to the bias. An *expansion* replaces a whole operation (an LSTM over a sequence)
+where ``neurons`` (D,) are row-major numbers of distinct elements of the operation's output number ``output`` and
+``direction`` (D,) is +1 or -1. What the links' shares leave of 1 goes to the bias. An *expansion* replaces a whole
+operation (an LSTM over a sequence)
 by the equations it stands for: it is a function of the operation's tensors that is run under a trace of its own.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,12 @@ from torch import Tensor
 class Link(NamedTuple):
     """From each of D neurons to k elements of one input.
 
-    ``index`` (D, k) are row-major element numbers of ``slot``; ``share`` (D, k) >= 0 is the part of the neuron's mass that goes
-    there; ``direction`` (D, k) or (D, 1) is +1 or -1.
+    ``element`` (D, k) are row-major element numbers of ``slot``; ``share`` (D, k) >= 0 is the part of the neuron's mass
+    that goes there; ``direction`` (D, k) or (D, 1) is +1 or -1.
     """
 
     slot: Any
-    index: Tensor
+    element: Tensor
     share: Tensor
     direction: Tensor
 
@@ -51,12 +52,16 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def register(*names: str, reads: bool = True, pointwise: bool = False) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
+def register(
+    *names: str, reads: bool = True, pointwise: bool = False
+) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
     """Registers a rule for operations by the name they have in ``torch.ops.aten``, as ``"conv2d"``.
 
-    An in-place form (``relu_``) and every overload follow the same rule. ``reads=False`` promises that the rule does not look at
-    its inputs' contents; ``pointwise=True``, that it gives one link with k = 1 that takes distinct neurons to distinct elements.
+    An in-place form (``relu_``) and every overload follow the same rule. ``reads=False`` promises that the rule does
+    not look at its inputs' contents; ``pointwise=True``, that it gives one link with k = 1 that takes distinct neurons
+    to distinct elements.
     """
+
     def decorate(function: Callable[..., list[Link]]) -> Callable[..., list[Link]]:
         for name in names:
             RULES[name] = Rule(function, reads=reads, pointwise=pointwise)
@@ -68,6 +73,7 @@ def register(*names: str, reads: bool = True, pointwise: bool = False) -> Callab
 
 def register_expansion(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the equations that an operation stands for: a function of its arguments, tensors given."""
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             RULES[name] = Rule(None, expansion=function)
@@ -77,7 +83,7 @@ def register_expansion(*names: str) -> Callable[[Callable[..., Any]], Callable[.
     return decorate
 
 
-@lru_cache(maxsize=None)
+@cache
 def op_name(func: Any) -> str:
     """``aten.add_.Tensor`` -> ``"add"``; ``aten.lstm.input`` -> ``"lstm"``."""
     name = str(func._schema.name).removeprefix("aten::")
@@ -85,14 +91,14 @@ def op_name(func: Any) -> str:
     return name[:-1] if writes and name.endswith("_") and not name.endswith("__") else name
 
 
-@lru_cache(maxsize=None)
+@cache
 def find(func: Any) -> Rule | None:
     """The rule of an operation, or None."""
     # an overload may have a rule of its own: lstm over packed data takes other arguments than lstm over padded
     return RULES.get(f"{op_name(func)}.{func._overloadname}") or RULES.get(op_name(func))
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_composite(func: Any) -> bool:
     """Whether PyTorch defines the operation through others."""
     return bool(func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))

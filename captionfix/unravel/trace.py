@@ -1,9 +1,9 @@
 """Records one forward pass, operation by operation.
 
-The record is taken below modules, at PyTorch's own operations, so it holds whatever a module's ``forward`` does: functional or
-in-place, reused or not. Its unit of memory is the *value*: what one storage holds between two writes. Every tensor is a strided
-`Slot` on a value, which makes views free (a view is another slot on the same value and no operation at all), and an in-place write
-simply begins the storage's next value.
+The record is taken below modules, at PyTorch's own operations, so it holds whatever a module's ``forward`` does:
+functional or in-place, reused or not. Its unit of memory is the *value*: what one storage holds between two writes.
+Every tensor is a strided `Slot` on a value, which makes views free (a view is another slot on the same value and no
+operation at all), and an in-place write simply begins the storage's next value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Value:
         read_later: whether a rule of an operation that was recorded so far will want to read it.
     """
 
-    __slots__ = ("number", "base", "producer", "previous", "variable", "read_later", "parameter")
+    __slots__ = ("base", "number", "parameter", "previous", "producer", "read_later", "variable")
 
     def __init__(self, number: int, base: Tensor, producer: Operation | None, previous: Value | None, variable: bool):
         self.number = number
@@ -154,6 +154,7 @@ class Operation:
 
     def call(self, replace: Callable[[Slot], Any]) -> Any:
         """Runs the operation's functional form again, each tensor argument replaced."""
+
         def fill(argument: Any) -> Any:
             if isinstance(argument, Slot):
                 return replace(argument)
@@ -190,7 +191,8 @@ class Trace(TorchDispatchMode):
         self._path: list[str] = []
         self._contexts: list[Any] = []
 
-    # the block -------------------------------------------------------------------------------------------------------------
+    # the block --------------------------------------------------------------------------------------------------
+    # -----------
 
     def __enter__(self) -> Trace:
         inference = torch.inference_mode()
@@ -223,7 +225,8 @@ class Trace(TorchDispatchMode):
             if isinstance(output, Tensor) and id(module) in self._names:
                 self.module_outputs[name] = self.slot(output)
 
-    # what a user of the trace asks -------------------------------------------------------------------------------------------
+    # what a user of the trace asks
+    # -------------------------------------------------------------------------------------------
 
     def watch(self, name: str, tensor: Tensor) -> Tensor:
         """Declares an input: what depends on it is recorded, and evidence may end in it."""
@@ -238,15 +241,18 @@ class Trace(TorchDispatchMode):
         value = self._values.get(key)
         if value is None:
             value = self._values[key] = Value(len(self._values), tensor, None, None, False)
-        return Slot(value, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return Slot(value, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
-    # recording -----------------------------------------------------------------------------------------------------------------
+    # recording --------------------------------------------------------------------------------------------------
+    # ---------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(returned.alias_info is not None for returned in func._schema.returns):
             return self._record(func, args, kwargs or {})
-        # In here PyTorch leaves out the key under which a view of a parameter is known to require a gradient; matmul asks for that to
-        # choose its kernel, so that a linear layer on a non-contiguous sequence would differ in the last bit from what runs unrecorded.
+        # In here PyTorch leaves out the key under which a view of a parameter is known to require a gradient;
+        # matmul asks for that to
+        # choose its kernel, so that a linear layer on a non-contiguous sequence would differ in the last bit
+        # from what runs unrecorded.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             return self._record(func, args, kwargs or {})
 
@@ -259,12 +265,15 @@ class Trace(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        writes = [a for a in _written(func, args, kwargs)]
+        writes = list(_written(func, args, kwargs))
         if not variable and not any(t.untyped_storage()._cdata in self._values for t in writes):
             return func(*args, **kwargs)
 
         operation = Operation(
-            func, name, tuple(_to_slot(self, a) for a in args), {k: _to_slot(self, v) for k, v in kwargs.items()},
+            func,
+            name,
+            tuple(_to_slot(self, a) for a in args),
+            {k: _to_slot(self, v) for k, v in kwargs.items()},
             self._path[-1] if self._path else "",
         )
         reads = rule is None or rule.reads
@@ -292,16 +301,22 @@ class Trace(TorchDispatchMode):
             if key in known and key not in before:  # a view: no new value
                 if tensor.element_size() != known[key]:
                     raise UnsupportedOperation(
-                        f"{operation} reads memory as another type, which the record cannot follow. Put the part that needs it into an "
-                        "operation of your own (torch.library.custom_op) and register a rule for that: @captionfix.unravel.register"
+                        f"{operation} reads memory as another type, which the record cannot follow. Put the part "
+                        "that needs it into an operation of your own (torch.library.custom_op) and register a rule for "
+                        "that: @captionfix.unravel.register"
                     )
                 outputs.append(None)
                 continue
             if key not in fresh:
-                fresh[key] = Value(len(self._values) + len(fresh), tensor, operation, before.get(key), variable or
-                                   (key in before and before[key].variable))
+                fresh[key] = Value(
+                    len(self._values) + len(fresh),
+                    tensor,
+                    operation,
+                    before.get(key),
+                    variable or (key in before and before[key].variable),
+                )
                 self._values[key] = fresh[key]
-            outputs.append(Slot(fresh[key], tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+            outputs.append(Slot(fresh[key], tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
         if any(outputs):
             operation.outputs = tuple(outputs)
             self.operations.append(operation)
@@ -340,5 +355,11 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The arguments that the operation's schema declares as written to."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = kwargs.get(argument.name) if argument.name in kwargs else args[position] if position < len(args) else None
+            given = (
+                kwargs.get(argument.name)
+                if argument.name in kwargs
+                else args[position]
+                if position < len(args)
+                else None
+            )
             yield from _tensors_in((given,))

@@ -117,8 +117,12 @@ def walk(
 
 
 def _walk(
-    operations: Sequence[Operation], pending: dict[Value, list[Evidence]], account: Account, policy: Policy,
-    wanted: dict[Value, list[tuple[str, Slot]]], stop: bool,
+    operations: Sequence[Operation],
+    pending: dict[Value, list[Evidence]],
+    account: Account,
+    policy: Policy,
+    wanted: dict[Value, list[tuple[str, Slot]]],
+    stop: bool,
 ) -> None:
     for operation in reversed(operations):
         arrived: dict[int, Evidence] = {}
@@ -149,7 +153,11 @@ def _cut(value: Value, evidence: Evidence, account: Account, wanted: dict[Value,
 
 
 def _apply(
-    operation: Operation, arrived: dict[int, Evidence], pending: dict[Value, list[Evidence]], account: Account, policy: Policy
+    operation: Operation,
+    arrived: dict[int, Evidence],
+    pending: dict[Value, list[Evidence]],
+    account: Account,
+    policy: Policy,
 ) -> None:
     rule = _rule(operation)
     if rule.expansion is not None:
@@ -166,12 +174,23 @@ def _apply(
             slot, field = move(operation, number, to_field(evidence, account.words, out.numel), policy)
             account.bias += evidence.per_word(account.words) - field.sum((0, 2))
             part = to_evidence(field)
-            pending.setdefault(slot.value, []).append(part.at(slot.cells(part.element)) if not slot.repeats() else Evidence(
-                part.word, slot.cells(part.element), part.direction, part.mass))
+            pending.setdefault(slot.value, []).append(
+                part.at(slot.cells(part.element))
+                if not slot.repeats()
+                else Evidence(part.word, slot.cells(part.element), part.direction, part.mass)
+            )
             continue
         if rule.pointwise:  # nothing to look up, and what was distinct stays so
-            ((slot, index, _, direction),) = rule.function(operation, number, evidence.element, evidence.direction, policy)
-            part = Evidence(evidence.word, slot.cells(index[:, 0]), direction[:, 0], evidence.mass, evidence.distinct and not slot.repeats())
+            ((slot, index, _, direction),) = rule.function(
+                operation, number, evidence.element, evidence.direction, policy
+            )
+            part = Evidence(
+                evidence.word,
+                slot.cells(index[:, 0]),
+                direction[:, 0],
+                evidence.mass,
+                evidence.distinct and not slot.repeats(),
+            )
             pending.setdefault(slot.value, []).append(part)
             continue
         # a neuron that several words reach is looked up once
@@ -182,7 +201,9 @@ def _apply(
         _follow(links, which, evidence, pending, account)
 
 
-def _follow(links: Sequence[Link], which: Tensor, evidence: Evidence, pending: dict[Value, list[Evidence]], account: Account) -> None:
+def _follow(
+    links: Sequence[Link], which: Tensor, evidence: Evidence, pending: dict[Value, list[Evidence]], account: Account
+) -> None:
     moved = torch.zeros_like(evidence.mass)
     for slot, index, share, direction in links:
         mass = share[which] * evidence.mass[:, None]
@@ -202,14 +223,16 @@ def _rule(operation: Operation) -> Rule:
     if rule is None:
         raise UnsupportedOperation(
             f"no rule for {operation}: evidence reached it and can go no further. Register one: "
-            f"@captionfix.unravel.register({operation.name!r}); docstring of captionfix.unravel.registry says what a rule is "
-            f"({len(RULES)} operations have one)."
+            f"@captionfix.unravel.register({operation.name!r}); the docstring of captionfix.unravel.registry says what "
+            f"a rule is ({len(RULES)} operations have one)."
         )
     return rule
 
 
 def _expanded(operation: Operation, expansion: Callable[..., Any]) -> tuple[list[Operation], list[Slot]]:
-    """The equations that an operation stands for, run under a trace of their own: its operations, and where its outputs lie."""
+    """The equations that an operation stands for, run under a trace of their own: its operations, and where its
+    outputs lie.
+    """
     inner = Trace()
     for slot in operation.inputs():
         if slot.value.base is not None:
@@ -221,7 +244,9 @@ def _expanded(operation: Operation, expansion: Callable[..., Any]) -> tuple[list
         return [tensors(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
 
     with inner:
-        result = expansion(operation, *map(tensors, operation.args), **{k: tensors(v) for k, v in operation.kwargs.items()})
+        result = expansion(
+            operation, *map(tensors, operation.args), **{k: tensors(v) for k, v in operation.kwargs.items()}
+        )
         slots = [inner.slot(r) for r in (result if isinstance(result, (tuple, list)) else (result,))]
     for recorded in inner.operations:
         recorded.module = operation.module
@@ -229,7 +254,11 @@ def _expanded(operation: Operation, expansion: Callable[..., Any]) -> tuple[list
 
 
 def _walk_dense(
-    operations: Sequence[Operation], fields: Fields, account: Account, policy: Policy, wanted: dict[Value, list[tuple[str, Slot]]],
+    operations: Sequence[Operation],
+    fields: Fields,
+    account: Account,
+    policy: Policy,
+    wanted: dict[Value, list[tuple[str, Slot]]],
     stop: bool,
 ) -> None:
     """As `_walk`, over full tables."""
@@ -274,8 +303,8 @@ def _walk_dense(
 
 
 def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:
-    """The CNN's feature map: the last four-dimensional tensor with more than one position that every path from the image to the
-    target passes. None where there is no such tensor.
+    """The CNN's feature map: the last four-dimensional tensor with more than one position that every path from the
+    image to the target passes. None where there is no such tensor.
 
     Args:
         trace: the recorded pass.
@@ -307,12 +336,19 @@ def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:
         live = {value for value in live if last_use.get(value, -1) > number}
         if len(live) == 1:
             for slot in operation.outputs:
-                if slot is not None and slot.value in live and len(slot.shape) == 4 and slot.shape[2] * slot.shape[3] > 1:
+                if (
+                    slot is not None
+                    and slot.value in live
+                    and len(slot.shape) == 4
+                    and slot.shape[2] * slot.shape[3] > 1
+                ):
                     found = slot
     return found if found is not image else None
 
 
 def _read_values(operation: Operation) -> set[Value]:
     values = {slot.value for slot in operation.inputs()}
-    values.update(slot.value.previous for slot in operation.outputs if slot is not None and slot.value.previous is not None)
+    values.update(
+        slot.value.previous for slot in operation.outputs if slot is not None and slot.value.previous is not None
+    )
     return values

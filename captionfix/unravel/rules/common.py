@@ -32,7 +32,7 @@ def broadcast(elements: Tensor, out: Sequence[int], shape: Sequence[int]) -> Ten
     """Which element of an input of ``shape`` an element of the broadcast result ``out`` came from."""
     if tuple(out) == tuple(shape):
         return elements
-    index = coordinates(elements, out)[len(out) - len(shape):]
+    index = coordinates(elements, out)[len(out) - len(shape) :]
     index = [torch.zeros_like(i) if extent == 1 else i for i, extent in zip(index, shape, strict=True)]
     return ravel(index, shape) if index else torch.zeros_like(elements)
 
@@ -44,7 +44,9 @@ def same(slot: Slot, elements: Tensor, direction: Tensor) -> list[Link]:
 
 def sign(values: Tensor) -> Tensor:
     """+1 or -1, +1 for zero."""
-    return torch.where(values < 0, -1.0, 1.0).to(values.dtype if values.is_floating_point() else torch.get_default_dtype())
+    return torch.where(values < 0, -1.0, 1.0).to(
+        values.dtype if values.is_floating_point() else torch.get_default_dtype()
+    )
 
 
 def chunks(rows: int, width: int, limit: int = 1 << 22) -> list[slice]:
@@ -57,4 +59,4 @@ def concatenated(parts: list[Link]) -> Link:
     """Links of consecutive rows as one."""
     if len(parts) == 1:
         return parts[0]
-    return Link(parts[0].slot, *(torch.cat([getattr(p, n) for p in parts]) for n in ("index", "share", "direction")))
+    return Link(parts[0].slot, *(torch.cat([getattr(p, n) for p in parts]) for n in ("element", "share", "direction")))

@@ -44,7 +44,8 @@ def window(where: Sequence[Tensor], extent: Sequence[int], geometry: Geometry) -
         else:
             result = (result[:, :, None] * size + at[:, None, :]).flatten(1)
             inside = (inside[:, :, None] & ok[:, None, :]).flatten(1)
-    assert result is not None and inside is not None
+    assert result is not None
+    assert inside is not None
     return torch.where(inside, result, -1)
 
 
@@ -77,8 +78,10 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
         column, share = _kept(contributions, policy, geometry)
         tap, channel = column.div(channels, rounding_mode="floor"), column.remainder(channels)
         chosen = seen.flatten(1).gather(1, column)
-        index = ravel([image[part, None], group[part, None] * channels + channel, positions[part].gather(1, tap).clamp_min(0)],
-                      (shape[0], shape[1], area))
+        index = ravel(
+            [image[part, None], group[part, None] * channels + channel, positions[part].gather(1, tap).clamp_min(0)],
+            (shape[0], shape[1], area),
+        )
         towards = sign(chosen)
         if policy.opposed == "input":
             towards = direction[part, None] * sign(weights[filters[part]].flatten(1).gather(1, column))

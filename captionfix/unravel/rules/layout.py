@@ -1,5 +1,5 @@
-"""Operations that only move numbers: one rule for all. The same operation runs on element numbers, and its result says where each
-element came from."""
+"""Operations that only move numbers: one rule for all. The same operation runs on element numbers, and its result says
+where each element came from."""
 
 from __future__ import annotations
 
@@ -16,17 +16,85 @@ from ..trace import Operation, Slot
 # Which argument numbers are the signals; the others (indices, masks, sizes) are given to the operation as they were.
 _SIGNALS: dict[str, Sequence[int] | None] = {
     **dict.fromkeys(["cat", "stack", "hstack", "vstack", "concat", "concatenate", "block_diag"], (0,)),
-    **dict.fromkeys([
-        "view", "reshape", "_reshape_copy", "_unsafe_view", "view_copy", "flatten", "transpose", "t", "permute", "movedim", "swapaxes",
-        "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "squeeze", "unsqueeze", "expand",
-        "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "flip", "roll", "rot90", "contiguous", "clone", "alias",
-        "index_select", "index", "gather", "take", "take_along_dim", "masked_select", "pixel_shuffle", "pixel_unshuffle",
-        "channel_shuffle", "diagonal", "tril", "triu", "unfold", "im2col", "_pack_padded_sequence", "_pad_packed_sequence",
-        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "pad", "constant_pad_nd", "reflection_pad2d",
-        "replication_pad2d", "masked_fill", "fill", "zero", "lift_fresh", "detach", "_unsafe_index", "as_strided", "new_empty_strided",
-    ], (0,)),
-    "where": (1, 2), "copy": (1,), "index_put": (0, 2), "_index_put_impl": (0, 2), "masked_scatter": (0, 2), "index_copy": (0, 3),
-    "scatter": (0, 3), "slice_scatter": (0, 1), "select_scatter": (0, 1), "index_fill": (0,),
+    **dict.fromkeys(
+        [
+            "view",
+            "reshape",
+            "_reshape_copy",
+            "_unsafe_view",
+            "view_copy",
+            "flatten",
+            "transpose",
+            "t",
+            "permute",
+            "movedim",
+            "swapaxes",
+            "select",
+            "slice",
+            "narrow",
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "tensor_split",
+            "unbind",
+            "squeeze",
+            "unsqueeze",
+            "expand",
+            "expand_as",
+            "broadcast_to",
+            "repeat",
+            "repeat_interleave",
+            "tile",
+            "flip",
+            "roll",
+            "rot90",
+            "contiguous",
+            "clone",
+            "alias",
+            "index_select",
+            "index",
+            "gather",
+            "take",
+            "take_along_dim",
+            "masked_select",
+            "pixel_shuffle",
+            "pixel_unshuffle",
+            "channel_shuffle",
+            "diagonal",
+            "tril",
+            "triu",
+            "unfold",
+            "im2col",
+            "_pack_padded_sequence",
+            "_pad_packed_sequence",
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_nearest3d",
+            "pad",
+            "constant_pad_nd",
+            "reflection_pad2d",
+            "replication_pad2d",
+            "masked_fill",
+            "fill",
+            "zero",
+            "lift_fresh",
+            "detach",
+            "_unsafe_index",
+            "as_strided",
+            "new_empty_strided",
+        ],
+        (0,),
+    ),
+    "where": (1, 2),
+    "copy": (1,),
+    "index_put": (0, 2),
+    "_index_put_impl": (0, 2),
+    "masked_scatter": (0, 2),
+    "index_copy": (0, 3),
+    "scatter": (0, 3),
+    "slice_scatter": (0, 1),
+    "select_scatter": (0, 1),
+    "index_fill": (0,),
 }
 
 
@@ -38,14 +106,21 @@ def moved(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy
     for slot in slots:
         mine = (origin >= first) & (origin < first + slot.numel)
         if slot.value.variable and bool(mine.any()):
-            links.append(Link(slot, torch.where(mine, origin - first, 0)[:, None], mine.to(direction.dtype)[:, None], direction[:, None]))
+            links.append(
+                Link(
+                    slot,
+                    torch.where(mine, origin - first, 0)[:, None],
+                    mine.to(direction.dtype)[:, None],
+                    direction[:, None],
+                )
+            )
         first += slot.numel
     return links
 
 
 def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
-    """The signals, and for every output a tensor of its shape that says which element of which signal (numbered through) it is;
-    -1 where it is a constant."""
+    """The signals, and for every output a tensor of its shape that says which element of which signal (numbered
+    through) it is; -1 where it is a constant."""
     if "origin" in op.memo:
         found: tuple[list[Slot], list[Tensor]] = op.memo["origin"]
         return found
@@ -97,8 +172,13 @@ def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
 
 
 # arguments that hold a constant to be written
-_FILL = {"pad": ((3, "value"),), "constant_pad_nd": ((2, "value"),), "masked_fill": ((2, "value"),), "index_fill": ((3, "value"),),
-         "_pad_packed_sequence": ((3, "padding_value"),)}
+_FILL = {
+    "pad": ((3, "value"),),
+    "constant_pad_nd": ((2, "value"),),
+    "masked_fill": ((2, "value"),),
+    "index_fill": ((3, "value"),),
+    "_pad_packed_sequence": ((3, "padding_value"),),
+}
 
 
 @register("sort", "topk", "kthvalue", "mode")
@@ -127,9 +207,17 @@ def embedding(op: Operation, output: int, neurons: Tensor, direction: Tensor, po
     return [Link(tokens, index[:, None], torch.ones_like(direction)[:, None], direction[:, None])]
 
 
-@register("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_linear1d")
+@register(
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "upsample_linear1d",
+)
 def resampled(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
-    """A weighted sum of few pixels; its weights are read off the operation's own derivative, one plane for all channels."""
+    """A weighted sum of few pixels; its weights are read off the operation's own derivative, one plane for all
+    channels.
+    """
     from .sums import weighted
 
     slot, out = op.args[0], op.outputs[output]
@@ -144,7 +232,11 @@ def resampled(op: Operation, output: int, neurons: Tensor, direction: Tensor, po
     k = min(16, area)
     _, taps = rows.abs().topk(k, 1)
     taps_of = taps[inverse]
-    return [weighted(slot, plane[:, None] * area + taps_of, rows[inverse].gather(1, taps_of), direction, policy.sums, policy)]
+    return [
+        weighted(
+            slot, plane[:, None] * area + taps_of, rows[inverse].gather(1, taps_of), direction, policy.sums, policy
+        )
+    ]
 
 
 def _resampling_rows(op: Operation, spatial: Sequence[int], places: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,5 +252,3 @@ def _resampling_rows(op: Operation, spatial: Sequence[int], places: Tensor, dtyp
 @register("one_hot", "arange", reads=False)
 def constant(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     return []
-
-

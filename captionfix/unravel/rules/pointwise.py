@@ -12,13 +12,48 @@ from .common import broadcast, coordinates, same, sign
 
 
 @register(
-    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "softplus", "tanh", "sigmoid", "hardsigmoid", "clamp", "clamp_min",
-    "clamp_max", "dropout", "feature_dropout", "alpha_dropout", "log_softmax", "_log_softmax", "exp", "log", "log1p", "expm1", "sqrt",
-    "softmax", "_softmax", "log_sigmoid", "positive", "threshold", "erf", "atan", "softsign", "_to_copy", "to", "_convert_element_type",
-    reads=False, pointwise=True,
+    "relu",
+    "relu6",
+    "hardtanh",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "celu",
+    "softplus",
+    "tanh",
+    "sigmoid",
+    "hardsigmoid",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "log_softmax",
+    "_log_softmax",
+    "exp",
+    "log",
+    "log1p",
+    "expm1",
+    "sqrt",
+    "softmax",
+    "_softmax",
+    "log_sigmoid",
+    "positive",
+    "threshold",
+    "erf",
+    "atan",
+    "softsign",
+    "_to_copy",
+    "to",
+    "_convert_element_type",
+    reads=False,
+    pointwise=True,
 )
 def rising(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
-    """Functions that never fall. A softmax rises with its own input; what it does to the others is its denominator's business."""
+    """Functions that never fall. A softmax rises with its own input; what it does to the others is its denominator's
+    business.
+    """
     return same(_signal(op), neurons, direction)
 
 
@@ -28,7 +63,14 @@ def falling(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
 
 
 # where the derivative of a function that first falls and then rises changes its sign
-_TURNS = {"gelu": -0.7517916243494656, "silu": -1.2784645427610738, "mish": -1.1924312105, "hardswish": -1.5, "abs": 0.0, "square": 0.0}
+_TURNS = {
+    "gelu": -0.7517916243494656,
+    "silu": -1.2784645427610738,
+    "mish": -1.1924312105,
+    "hardswish": -1.5,
+    "abs": 0.0,
+    "square": 0.0,
+}
 
 
 @register(*_TURNS, pointwise=True)
@@ -59,7 +101,14 @@ def prelu(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy
     return same(slot, neurons, torch.where(values < 0, direction * sign(weight[channel]), direction))
 
 
-@register("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", reads=False, pointwise=True)
+@register(
+    "batch_norm",
+    "instance_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit_no_training",
+    reads=False,
+    pointwise=True,
+)
 def batch_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     return _affine(op, 1, neurons, direction, channel_axis=1)
 
@@ -89,8 +138,8 @@ def _affine(op: Operation, position: int, neurons: Tensor, direction: Tensor, ch
 
 @register("mul", "div", "true_divide")
 def product(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
-    """A gate or a constant is a constant factor, and a divisor is one too; of two signals each gets half, since a relative change
-    of either changes the product alike."""
+    """A gate or a constant is a constant factor, and a divisor is one too; of two signals each gets half, since a
+    relative change of either changes the product alike."""
     out = op.outputs[output]
     assert out is not None
     operands = [op.argument(0, "self"), op.argument(1, "other")]
@@ -103,7 +152,9 @@ def product(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
     links = []
     for i in signals:
         other = values[1 - i]
-        factor = sign(other if isinstance(other, Tensor) else torch.tensor(float(other), device=direction.device)).to(direction.dtype)
+        factor = sign(other if isinstance(other, Tensor) else torch.tensor(float(other), device=direction.device)).to(
+            direction.dtype
+        )
         turned = direction * factor * (-1 if op.name != "mul" and i == 1 else 1)
         index = broadcast(neurons, out.shape, operands[i].shape)[:, None]
         links.append(Link(operands[i], index, torch.full_like(direction, 1 / len(signals))[:, None], turned[:, None]))

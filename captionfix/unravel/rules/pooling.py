@@ -17,8 +17,7 @@ def _pooled(op: Operation, output: int, neurons: Tensor, kernel_at: int = 1) -> 
     """The element numbers (D, K) that each pooled neuron saw, -1 in the padding."""
     slot, out = op.args[0], op.outputs[output]
     assert out is not None
-    digit = [c for c in op.name if c.isdigit()]
-    dimensions = int(digit[0])
+    dimensions = int(next(c for c in op.name if c.isdigit()))
     kernel = each(op.argument(1, "kernel_size"), dimensions)
     stride = each(op.argument(2, "stride") or kernel, dimensions)
     padding = each(op.argument(3, "padding", 0), dimensions)
@@ -33,7 +32,14 @@ def _pooled(op: Operation, output: int, neurons: Tensor, kernel_at: int = 1) -> 
     return slot, torch.where(positions < 0, -1, plane * area + positions)
 
 
-@register("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d_with_indices")
+@register(
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "max_pool1d_with_indices",
+)
 def max_pool(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slot, index = _pooled(op, output, neurons)
     values = torch.where(index < 0, -torch.inf, slot.take(index.clamp_min(0)))
@@ -46,11 +52,19 @@ def average_pool(op: Operation, output: int, neurons: Tensor, direction: Tensor,
     return [weighted(slot, index, None, direction, policy.sums, policy)]
 
 
-@register("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+@register(
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
+)
 def adaptive_average_pool(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slot, index = _bins(op, output, neurons)
-    return [concatenated([weighted(slot, index[part], None, direction[part], policy.sums, policy)
-                          for part in chunks(len(neurons), index.shape[1])])]
+    return [
+        concatenated(
+            [
+                weighted(slot, index[part], None, direction[part], policy.sums, policy)
+                for part in chunks(len(neurons), index.shape[1])
+            ]
+        )
+    ]
 
 
 @register("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
@@ -64,7 +78,7 @@ def _bins(op: Operation, output: int, neurons: Tensor) -> tuple[Slot, Tensor]:
     """Adaptive pooling's bins: from floor(i * size / bins) to ceil((i + 1) * size / bins); they may overlap."""
     slot, out = op.args[0], op.outputs[output]
     assert out is not None
-    dimensions = int([c for c in op.name if c.isdigit()][0])
+    dimensions = int(next(c for c in op.name if c.isdigit()))
     lead = len(slot.shape) - dimensions
     where = coordinates(neurons, out.shape)
     index = ravel(where[:lead], slot.shape[:lead])[:, None]
@@ -90,10 +104,16 @@ def extreme(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
         return _of_two(op, out, neurons, direction)
     rank = len(slot.shape)
     axes = op.argument(1, "dim")
-    axes = list(range(rank)) if axes is None or axes == [] else [a % rank for a in ([axes] if isinstance(axes, int) else axes)]
+    axes = (
+        list(range(rank))
+        if axes is None or axes == []
+        else [a % rank for a in ([axes] if isinstance(axes, int) else axes)]
+    )
     kept = [i for i in range(rank) if i not in axes]
     values = slot.read().permute(*kept, *axes).reshape(-1, _product(slot.shape[a] for a in axes))
-    numbers = torch.arange(slot.numel, device=neurons.device).view(slot.shape).permute(*kept, *axes).reshape(values.shape)
+    numbers = (
+        torch.arange(slot.numel, device=neurons.device).view(slot.shape).permute(*kept, *axes).reshape(values.shape)
+    )
     if op.name == "median":
         best = values[neurons].median(1, keepdim=True).indices
     else:

@@ -1,5 +1,5 @@
-"""Recurrent cells: ``h = o * tanh(c)`` goes to c, ``c = f * c' + i * g`` is a sum of two terms, g is a sum over x and h'. Gates are
-constants. Whole sequences (nn.LSTM, nn.GRU) are expanded into their cells."""
+"""Recurrent cells: ``h = o * tanh(c)`` goes to c, ``c = f * c' + i * g`` is a sum of two terms, g is a sum over x and
+h'. Gates are constants. Whole sequences (nn.LSTM, nn.GRU) are expanded into their cells."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ def lstm_cell(op: Operation, output: int, neurons: Tensor, direction: Tensor, po
     column, share = split(torch.stack([before, new], 1), policy.sums, policy)
     terms = torch.zeros_like(torch.stack([before, new], 1)).scatter_(1, column, share)
     links = [Link(c, neurons[:, None], terms[:, :1], direction[:, None])]
-    return links + _inputs(x, h, weight_x.read(), weight_h.read(), row, unit + 2 * hidden, direction, terms[:, 1], policy)
+    return links + _inputs(
+        x, h, weight_x.read(), weight_h.read(), row, unit + 2 * hidden, direction, terms[:, 1], policy
+    )
 
 
 @register("gru_cell")
 def gru_cell(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
-    """Cho et al.'s cell in PyTorch's form: ``n = tanh(W x + r * (U h + b))``, ``h = (1 - z) * n + z * h'``; order of gates r, z, n."""
+    """Cho et al.'s cell in PyTorch's form: ``n = tanh(W x + r * (U h + b))``, ``h = (1 - z) * n + z * h'``; order of
+    gates r, z, n.
+    """
     x, h, weight_x, weight_h = op.args[:4]
     hidden = h.shape[-1]
     bias_x, bias_h = op.argument(4, "b_ih"), op.argument(5, "b_hh")
@@ -53,11 +57,21 @@ def gru_cell(op: Operation, output: int, neurons: Tensor, direction: Tensor, pol
     column, share = split(both, policy.sums, policy)
     terms = torch.zeros_like(both).scatter_(1, column, share)
     links = [Link(h, neurons[:, None], terms[:, :1], direction[:, None])]
-    return links + _inputs(x, h, weight_x.read(), weight_h.read(), row, unit + 2 * hidden, direction, terms[:, 1], policy, scale_h=r)
+    return links + _inputs(
+        x, h, weight_x.read(), weight_h.read(), row, unit + 2 * hidden, direction, terms[:, 1], policy, scale_h=r
+    )
 
 
 def _inputs(
-    x: Slot, h: Slot, weight_x: Tensor, weight_h: Tensor, row: Tensor, unit: Tensor, direction: Tensor, mass: Tensor, policy: Policy,
+    x: Slot,
+    h: Slot,
+    weight_x: Tensor,
+    weight_h: Tensor,
+    row: Tensor,
+    unit: Tensor,
+    direction: Tensor,
+    mass: Tensor,
+    policy: Policy,
     scale_h: Tensor | None = None,
 ) -> list[Link]:
     """One sum over the input and the hidden state, for the candidate's preactivation."""
@@ -75,8 +89,14 @@ def _inputs(
         share = share * mass[part, None]
         in_x = column < wide
         zero = torch.zeros_like(share)
-        to_x.append(Link(x, row[part, None] * wide + torch.where(in_x, column, 0), torch.where(in_x, share, zero), towards))
-        to_h.append(Link(h, row[part, None] * tall + torch.where(in_x, 0, column - wide), torch.where(in_x, zero, share), towards))
+        to_x.append(
+            Link(x, row[part, None] * wide + torch.where(in_x, column, 0), torch.where(in_x, share, zero), towards)
+        )
+        to_h.append(
+            Link(
+                h, row[part, None] * tall + torch.where(in_x, 0, column - wide), torch.where(in_x, zero, share), towards
+            )
+        )
     return [concatenated(to_x), concatenated(to_h)]
 
 
@@ -84,14 +104,17 @@ def _preactivations(op: Operation, x: Slot, h: Slot) -> Tensor:
     if "gates" not in op.memo:
         biases = [op.argument(n, name) for n, name in ((4, "b_ih"), (5, "b_hh"))]
         bias_x, bias_h = (None if b is None else b.read() for b in biases)
-        op.memo["gates"] = (torch.nn.functional.linear(x.read(), op.args[2].read(), bias_x)
-                            + torch.nn.functional.linear(h.read(), op.args[3].read(), bias_h))
+        op.memo["gates"] = torch.nn.functional.linear(x.read(), op.args[2].read(), bias_x) + torch.nn.functional.linear(
+            h.read(), op.args[3].read(), bias_h
+        )
     gates: Tensor = op.memo["gates"]
     return gates
 
 
 def _run(cell: Any, steps: list[Tensor], state: Any, weights: list[Tensor]) -> tuple[list[Tensor], Any]:
-    """One layer over its time steps. ``steps`` may get shorter batches (packed data): the states of sequences that have ended stay."""
+    """One layer over its time steps. ``steps`` may get shorter batches (packed data): the states of sequences that
+    have ended stay.
+    """
     outputs = []
     for x in steps:
         live = len(x)
@@ -107,27 +130,46 @@ def _run(cell: Any, steps: list[Tensor], state: Any, weights: list[Tensor]) -> t
     return outputs, state
 
 
-def _stack(kind: str, steps: list[Tensor], states: list[Any], params: list[Tensor], has_biases: bool, layers: int,
-           bidirectional: bool) -> tuple[list[Tensor], list[Any]]:
+def _stack(
+    kind: str,
+    steps: list[Tensor],
+    states: list[Any],
+    params: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    bidirectional: bool,
+) -> tuple[list[Tensor], list[Any]]:
     if bidirectional:
         raise UnsupportedOperation(
-            f"aten::{kind} is bidirectional: a caption's word would depend on the words after it, so there is no account word by word. "
-            "Wrap a captioner whose decoder reads from left to right."
+            f"aten::{kind} is bidirectional: a caption's word would depend on the words after it, so there is no "
+            "account word by word. Wrap a captioner whose decoder reads from left to right."
         )
     each = 4 if has_biases else 2
     if len(params) != each * layers:
-        raise UnsupportedOperation(f"aten::{kind} with projections (proj_size) has no rule; register one with register_expansion")
+        raise UnsupportedOperation(
+            f"aten::{kind} with projections (proj_size) has no rule; register one with register_expansion"
+        )
     final = []
     for layer in range(layers):
         cell = torch.lstm_cell if kind == "lstm" else torch.gru_cell
-        steps, state = _run(cell, steps, states[layer], params[each * layer:each * (layer + 1)])
+        steps, state = _run(cell, steps, states[layer], params[each * layer : each * (layer + 1)])
         final.append(state)
     return steps, final
 
 
 @register_expansion("lstm.input", "gru.input")
-def sequence(op: Operation, x: Tensor, hx: Any, params: list[Tensor], has_biases: bool, layers: int, dropout: float, train: bool,
-             bidirectional: bool, batch_first: bool) -> tuple[Tensor, ...]:
+def sequence(
+    op: Operation,
+    x: Tensor,
+    hx: Any,
+    params: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
     steps = list(x.unbind(1 if batch_first else 0))
     states = list(zip(hx[0].unbind(0), hx[1].unbind(0), strict=True)) if op.name == "lstm" else list(hx.unbind(0))
     steps, final = _stack(op.name, steps, states, params, has_biases, layers, bidirectional)
@@ -135,8 +177,18 @@ def sequence(op: Operation, x: Tensor, hx: Any, params: list[Tensor], has_biases
 
 
 @register_expansion("lstm.data", "gru.data")
-def packed_sequence(op: Operation, data: Tensor, batch_sizes: Tensor, hx: Any, params: list[Tensor], has_biases: bool, layers: int,
-                    dropout: float, train: bool, bidirectional: bool) -> tuple[Tensor, ...]:
+def packed_sequence(
+    op: Operation,
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Any,
+    params: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, ...]:
     steps = list(data.split(batch_sizes.tolist()))
     states = list(zip(hx[0].unbind(0), hx[1].unbind(0), strict=True)) if op.name == "lstm" else list(hx.unbind(0))
     steps, final = _stack(op.name, steps, states, params, has_biases, layers, bidirectional)

@@ -12,7 +12,9 @@ from .common import broadcast, chunks, concatenated, coordinates, ravel, same, s
 from .pointwise import is_gate
 
 
-def weighted(slot: Slot, index: Tensor, weights: Tensor | None, direction: Tensor, keep: int | None, policy: Policy) -> Link:
+def weighted(
+    slot: Slot, index: Tensor, weights: Tensor | None, direction: Tensor, keep: int | None, policy: Policy
+) -> Link:
     """The rule of every sum ``sum_k weight_k * x_k``, for D neurons at once.
 
     Args:
@@ -22,8 +24,8 @@ def weighted(slot: Slot, index: Tensor, weights: Tensor | None, direction: Tenso
         direction: (D,) of the neurons.
 
     Returns:
-        the link to the kept contributors. A contributor that agrees has the direction of its own sign: the word wants a positive one
-        higher and a negative one lower, whatever its weight.
+        the link to the kept contributors. A contributor that agrees has the direction of its own sign: the word wants
+        a positive one higher and a negative one lower, whatever its weight.
     """
     x = slot.take(index.clamp_min(0))
     x = torch.where(index < 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
@@ -97,8 +99,11 @@ def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: 
     assert out is not None
     alpha = op.kwargs.get("alpha", 1)
     factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[op.name]
-    terms = [(a, f) for a, f in zip((op.args[0], op.argument(1, "other")), factors, strict=True)
-             if isinstance(a, Slot) and a.value.variable]
+    terms = [
+        (a, f)
+        for a, f in zip((op.args[0], op.argument(1, "other")), factors, strict=True)
+        if isinstance(a, Slot) and a.value.variable
+    ]
     elements = [broadcast(neurons, out.shape, slot.shape) for slot, _ in terms]
     if len(terms) == 1:
         slot, factor = terms[0]
@@ -107,7 +112,7 @@ def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: 
     column, share = split(values * direction[:, None], policy.sums, policy)
     shares = torch.zeros_like(values).scatter_(1, column, share)
     return [
-        Link(slot, e[:, None], shares[:, i:i + 1], (direction if f > 0 else -direction)[:, None])
+        Link(slot, e[:, None], shares[:, i : i + 1], (direction if f > 0 else -direction)[:, None])
         for i, ((slot, f), e) in enumerate(zip(terms, elements, strict=True))
     ]
 
@@ -129,8 +134,10 @@ def reduction(op: Operation, output: int, neurons: Tensor, direction: Tensor, po
     inner = torch.zeros(1, dtype=torch.long, device=neurons.device)
     for i in axes:
         inner = (inner[:, None] + torch.arange(slot.shape[i], device=neurons.device) * strides[i]).reshape(-1)
-    parts = [weighted(slot, base[part, None] + inner, None, direction[part], policy.sums, policy)
-             for part in chunks(len(neurons), len(inner))]
+    parts = [
+        weighted(slot, base[part, None] + inner, None, direction[part], policy.sums, policy)
+        for part in chunks(len(neurons), len(inner))
+    ]
     return [concatenated(parts)]
 
 
@@ -139,6 +146,8 @@ def cumulative(op: Operation, output: int, neurons: Tensor, direction: Tensor, p
     slot, axis = op.args[0], op.argument(1, "dim") % len(op.args[0].shape)
     where = coordinates(neurons, slot.shape)
     steps = torch.arange(slot.shape[axis], device=neurons.device)
-    index = ravel([w[:, None] if i != axis else steps[None].expand(len(neurons), -1) for i, w in enumerate(where)], slot.shape)
+    index = ravel(
+        [w[:, None] if i != axis else steps[None].expand(len(neurons), -1) for i, w in enumerate(where)], slot.shape
+    )
     index = torch.where(steps[None] <= where[axis][:, None], index, -1)
     return [weighted(slot, index, None, direction, policy.sums, policy)]
