@@ -199,6 +199,7 @@ def train_images(
     hidden: int = 512,
     at_least: int = 5,
     max_words: int = 20,
+    beam_length_power: float = 0.5,
     dropout: float = 0.5,
     label_smoothing: float = 0.1,
     precision: Precision = "float32",
@@ -226,6 +227,7 @@ def train_images(
         hidden: units of the LSTM, and size of embeddings, projected cells and attention.
         at_least: a word must occur so often to be in the vocabulary.
         max_words: longer captions are cut.
+        beam_length_power: see `CaptionerConfig`.
         dropout: see `CaptionerConfig`.
         label_smoothing: see `CaptionerConfig`.
         precision: "float32", or mixed "bf16" or "fp16".
@@ -263,6 +265,7 @@ def train_images(
         tie_words=True,
         frozen_norms=True,
         max_words=max_words,
+        beam_length_power=beam_length_power,
     )
     model.encoder.cnn.load_state_dict(weights)
     check = None if dev is None else lambda captioner: str(score_captions(captioner, dev[:200]))

@@ -117,7 +117,8 @@ class Captioner(ABC):
 
         Args:
             pixels: the CNN's inputs.
-            beams: width of the beam search, whose scores are log-probabilities divided by length; 1 is greedy.
+            beams: width of the beam search, whose scores are log-probabilities divided by length (or by the
+                captioner's own power of it); 1 is greedy.
             max_words: longest caption; None is the captioner's own `max_words`.
             sample: draw each word from the model's distribution instead of searching; `beams` is not used then.
             seed: of the drawing; None draws freshly.

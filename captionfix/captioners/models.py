@@ -34,6 +34,7 @@ class CaptionerConfig(PretrainedConfig):
         label_smoothing: share of the target probability spread over all words in training.
         frozen_norms: the CNN's batch norms keep their running statistics in training.
         max_words: longest caption, end not counted.
+        beam_length_power: the beam search compares log-probabilities divided by length to this power.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class CaptionerConfig(PretrainedConfig):
         label_smoothing: float = 0.0,
         frozen_norms: bool = False,
         max_words: int = 20,
+        beam_length_power: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.cnn = cnn if cnn is not None else {"model_type": "mobilenet_v2"}
@@ -62,6 +64,7 @@ class CaptionerConfig(PretrainedConfig):
         self.label_smoothing = label_smoothing
         self.frozen_norms = frozen_norms
         self.max_words = max_words
+        self.beam_length_power = beam_length_power
         kwargs.setdefault("pad_token_id", 0)
         kwargs.setdefault("bos_token_id", 1)
         kwargs.setdefault("eos_token_id", 2)

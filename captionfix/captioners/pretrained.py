@@ -108,7 +108,7 @@ class PretrainedCaptioner(Captioner):
             num_beams=1 if sample else beams,
             do_sample=sample,
             **({"top_k": 0} if sample else {}),
-            length_penalty=1.0,
+            length_penalty=self.model.config.beam_length_power,
             early_stopping=False,
             bos_token_id=v.start,
             eos_token_id=v.end,
