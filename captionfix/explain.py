@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -23,24 +23,36 @@ if TYPE_CHECKING:
 ALTERNATIVES = 5
 
 
-def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
-    return map_to_pixels.channels(features[0], normalised(removal(captioner, features, caption)))
+class Leg(NamedTuple):
+    """What a first leg found.
+
+    Attributes:
+        evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
+        place: (n, h, w), by which fixations count at their own place; None: they count as they are.
+    """
+
+    evidence: Tensor
+    place: Tensor | None = None
 
 
-def _by_flow(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
-    return normalised(found.features)
+def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+    start, place = joined(captioner, features, caption, found)
+    return Leg(map_to_pixels.channels(features[0], start), place)
 
 
-def _by_attention(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
-    return map_to_pixels.channels(features[0], normalised(attention(captioner, features, caption)))
+def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+    return Leg(map_to_pixels.channels(features[0], normalised(removal(captioner, features, caption))))
 
 
-def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
-    return map_to_pixels.channels(features[0], joined(captioner, features, caption, found), found.features)
+def _by_flow(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+    return Leg(normalised(found.features))
 
 
-# First legs by name: evidence (n, F, h, w) at the feature map, every word's sum 1 (or 0).
-METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Tensor]] = {
+def _by_attention(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+    return Leg(map_to_pixels.channels(features[0], normalised(attention(captioner, features, caption))))
+
+
+METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Leg]] = {
     "joined": _by_join,
     "removal": _by_removal,
     "flow": _by_flow,
@@ -166,7 +178,8 @@ def _batch(
         for i, made in zip(wanted, generated, strict=True):
             given[i] = tuple(made)
     words: list[list[Word]] = []
-    evidence, owner = [], []
+    legs: list[Leg] = []
+    owner: list[int] = []
     for i, ids in enumerate(given):
         assert ids is not None
         caption = Caption(captioner.vocabulary.start, ids, _contrasts(captioner, ids, contrast))
@@ -175,13 +188,16 @@ def _batch(
             continue
         features = encoded.features[i : i + 1]
         found = flow(captioner, features, caption, policy)
-        at_map = METHODS[method](captioner, features, caption, found)
-        effect = image_effect(captioner, features, caption)
-        evidence.append(at_map)
+        legs.append(METHODS[method](captioner, features, caption, found))
         owner += [i] * len(ids)
-        words.append(_words(captioner, caption, found, at_map, effect))
-    if evidence:
-        mass, _ = map_to_pixels.pixels(encoded, torch.cat(evidence), policy, torch.tensor(owner, device=pixels.device))
+        words.append(_words(captioner, caption, found, legs[-1].evidence, image_effect(captioner, features, caption)))
+    if legs:
+        mass, _ = map_to_pixels.pixels(
+            encoded, torch.cat([leg.evidence for leg in legs]), policy, torch.tensor(owner, device=pixels.device)
+        )
+        places = [leg.place for leg in legs if leg.place is not None]
+        if places:
+            mass = map_to_pixels.agreeing(mass, torch.cat(places))
         points = iter(mass.cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]
     settings = policy.as_dict()

@@ -81,7 +81,7 @@ class Word:
 
         Args:
             specific: Whether the mean over the caption's words is taken off, which leaves what is the word's own.
-            sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default, 12 / 224.
+            sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default, 0.015.
 
         Returns:
             (height, width) float32 with maximum 1, or all 0 where the word has no evidence (of its own).

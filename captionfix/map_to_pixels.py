@@ -96,3 +96,23 @@ def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | N
         members = (result > 0).to(result.dtype)
         result = members * (total / members.flatten(1).sum(1).clamp_min(1)).view(-1, 1, 1)
     return result, ended
+
+
+@torch.inference_mode()
+def agreeing(mass: Tensor, place: Tensor) -> Tensor:
+    """Lets a fixation count by the evidence of the place where it lies.
+
+    A cell of a deep feature map sees nearly the whole image, so its evidence may unravel to pixels far from it. What
+    remains heavy is what the unraveling and the first leg agree on.
+
+    Args:
+        mass: (n, H, W) mass on pixels.
+        place: (n, h, w) evidence on the feature map's cells, taken bilinearly at the pixels.
+
+    Returns:
+        (n, H, W), each word with the mass that it had.
+    """
+    here = torch.nn.functional.interpolate(place[:, None], size=mass.shape[1:], mode="bilinear")[:, 0]
+    weighed = mass * here
+    before, after = mass.sum((1, 2), keepdim=True), weighed.sum((1, 2), keepdim=True)
+    return torch.where(after > 0, weighed * (before / after.clamp_min(torch.finfo(mass.dtype).tiny)), mass)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Box = tuple[float, float, float, float]
 
-SIGMA = 12 / 224
+SIGMA = 0.015
 """Standard deviation of the heatmap's Gaussian, as a fraction of the CNN's input (each side by itself)."""
 NEIGHBOURHOOD = 0.10
 """Radius, as a fraction of the original's diagonal, in which a fixation needs company (the paper's value)."""

@@ -224,8 +224,21 @@ def normalised(maps: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.where(total > 0, table / total.clamp_min(torch.finfo(table.dtype).tiny), torch.zeros_like(table))
 
 
-def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
-    """(n, h, w): removal and flow together, as the geometric mean of their normalised maps."""
+def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> tuple[Tensor, Tensor]:
+    """Removal and flow together.
+
+    Removal knows which word a cell matters to but misses what neighbouring cells make up for; the flow misses nothing
+    but tells words less apart.
+
+    Returns:
+        two (n, h, w) tables, each word's sum 1: the geometric mean of both normalised maps, where evidence starts (a
+        word that no removal makes less likely starts from its flow alone); and the arithmetic mean, what either says
+        of a place.
+    """
     away = normalised(removal(captioner, features, caption))
     along = normalised(found.features.sum(1))
-    return normalised((away * along).sqrt())
+    silent = away.sum((1, 2), keepdim=True) == 0
+    away = torch.where(silent, along, away)
+    both = normalised((away**2 * along) ** (1 / 3))
+    both = torch.where(both.sum((1, 2), keepdim=True) == 0, along, both)
+    return both, (away + along) / 2

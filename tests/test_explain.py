@@ -1,4 +1,6 @@
-"""The verb, on the bundled captioner of scenes: what it says adds up, lands where it should, and refuses what it must."""
+"""The verb, on the bundled captioner of scenes: what it says adds up, lands where it should, and refuses what it
+must.
+"""
 
 from __future__ import annotations
 

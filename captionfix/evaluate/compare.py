@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .. import map_to_pixels, maps
 from ..captioners.captioner import Captioner
-from ..explain import METHODS
+from ..explain import METHODS, Leg
 from ..unravel import Policy
 from ..word_to_map import Caption, flow
 from .data import Grounded
@@ -82,7 +81,7 @@ def _maps(
     features, count = encoded.features, len(caption.ids)
     shape = (encoded.image.shape[2], encoded.image.shape[3])
     flows = {}
-    evidence: dict[str, list[tuple[str, Tensor]]] = {}
+    legs: dict[str, list[tuple[str, Leg]]] = {}
     for way in ways:
         if way not in WAYS:
             continue
@@ -90,12 +89,13 @@ def _maps(
         if policy not in flows:
             flows[policy] = flow(captioner, features, caption, Policy.named(policy))
         with torch.inference_mode():
-            evidence.setdefault(policy, []).append((way, METHODS[method](captioner, features, caption, flows[policy])))
+            legs.setdefault(policy, []).append((way, METHODS[method](captioner, features, caption, flows[policy])))
     result: dict[str, NDArray[np.floating]] = {}
-    for policy, several in evidence.items():
-        mass, _ = map_to_pixels.pixels(encoded, torch.cat([table for _, table in several]), Policy.named(policy))
-        for k, (way, _) in enumerate(several):
-            result[way] = _smooth(mass[k * count : (k + 1) * count].cpu().numpy(), sigma)
+    for policy, several in legs.items():
+        mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for _, leg in several]), Policy.named(policy))
+        for (way, leg), mine in zip(several, mass.split(count), strict=True):
+            found = mine if leg.place is None else map_to_pixels.agreeing(mine, leg.place)
+            result[way] = _smooth(found.cpu().numpy(), sigma)
     for way in ways:
         if way == UPSAMPLED:
             with torch.inference_mode():

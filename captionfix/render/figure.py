@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 COLOURS = "plasma"
 """Perceptually uniform, and even its dark end is a colour, so that faint evidence shows on dark things as well."""
+DRAWN = 0.03
+"""Standard deviation of the Gaussian in pictures, a fraction of the CNN's input: wider than that of the maps which are
+measured (`captionfix.maps.SIGMA`), since an eye at some distance needs spots that it can see."""
 _LITTLE = (
     "a an the some any this that these those its his her their my your our it he she they them him i you we who which "
     "what of in on at by to from for with without into onto over under near up down out off through as and or but "
@@ -64,7 +67,8 @@ def is_function(word: Word) -> bool:
 
 def densities(explanation: Explanation, specific: bool = True, sigma: float | None = None) -> NDArray[np.float32]:
     """The words' maps in multiples of evenly spread evidence: (words, grid height, grid width)."""
-    return explanation.maps(specific, sigma) * np.float32(explanation.grid[0] * explanation.grid[1])
+    cells = np.float32(explanation.grid[0] * explanation.grid[1])
+    return explanation.maps(specific, DRAWN if sigma is None else sigma) * cells
 
 
 def scale(explanation: Explanation, specific: bool = True, sigma: float | None = None, colours: str = COLOURS) -> Scale:
@@ -124,7 +128,7 @@ def overlay(
     Args:
         word: A word of an explanation.
         specific: Whether the mean over the caption's words is taken off.
-        sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default.
+        sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for ``DRAWN``.
         box: Whether to draw the word's box.
         fixations: Whether to draw its fixations, the heavier the larger.
         colours: Name of a matplotlib colour map.
@@ -164,7 +168,7 @@ def figure(
         explanation: What to draw.
         words: Places or texts of the words to show; None for all.
         specific: Whether the mean over the caption's words is taken off each map.
-        sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default.
+        sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for ``DRAWN``.
         boxes: Whether to draw each content word's box.
         fixations: Whether to draw fixations as dots.
         columns: Panels in a row; None to choose by their number and shape.

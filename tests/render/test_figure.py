@@ -13,7 +13,7 @@ from PIL import Image
 
 from captionfix.errors import CaptionError
 from captionfix.explanation import Explanation
-from captionfix.render.figure import blend, densities, facts, figure, overlay, png, scale
+from captionfix.render.figure import DRAWN, blend, densities, facts, figure, overlay, png, scale
 
 LONG = (
     "a dog beside the ball in front of the wall and a second dog on the grass under a tree by the old water tower now"
@@ -55,7 +55,7 @@ def test_overlay_is_brightest_where_the_heatmap_is(explanation: Explanation) -> 
     shown = np.asarray(overlay(dog))
     assert shown.shape == (240, 320, 3)
     assert isinstance(dog.overlay(), Image.Image)
-    heatmap = dog.heatmap()
+    heatmap = dog.heatmap(sigma=DRAWN)
     hue = colourfulness(shown)
     assert (hue[heatmap == 0] <= 1).all()  # grey stays grey
     top = np.array(colormaps["plasma"](1.0)[:3]) * 255
