@@ -13,7 +13,7 @@ by the equations it stands for: it is a function of the operation's tensors that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,6 +40,8 @@ class Rule:
 
     Attributes:
         reads: whether it looks at its inputs' contents, which must then survive in-place writes.
+        expansion: the equations that are walked instead of the operation, where there is no function.
+        equations: the equations that are walked instead of the function where everything is kept.
         pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements.
     """
 
@@ -47,6 +49,7 @@ class Rule:
     expansion: Callable[..., Any] | None = None
     reads: bool = True
     pointwise: bool = False
+    equations: Callable[..., Any] | None = None
 
 
 RULES: dict[str, Rule] = {}
@@ -77,6 +80,20 @@ def register_expansion(*names: str) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             RULES[name] = Rule(None, expansion=function)
+        find.cache_clear()
+        return function
+
+    return decorate
+
+
+def register_equations(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers, for operations that have a rule, the equations to walk instead where everything is kept: a function as
+    for `register_expansion`. The rule and the equations must say the same.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            RULES[name] = replace(RULES[name], equations=function)
         find.cache_clear()
         return function
 

@@ -99,7 +99,7 @@ def walk(
     wanted: dict[Value, list[tuple[str, Slot]]] = {}
     for name, slot in (cuts or {}).items():
         wanted.setdefault(slot.value, []).append((name, slot))
-    if policy.everything:
+    if policy.everything or (policy.neurons is None and _small(trace)):
         fields = Fields(words, reference)
         for slot, evidence in targets:
             fields.add(slot, to_field(evidence, words, slot.numel))
@@ -114,6 +114,14 @@ def walk(
         if not (stop and stopped):
             account._leaves[value] = evidence
     return account
+
+
+def _small(trace: Trace) -> bool:
+    """Whether full tables cost little. Without a budget of neurons they then beat sparse ones, which fill up in a
+    decoder.
+    """
+    numbers = (slot.numel for operation in trace.operations for slot in operation.outputs if slot is not None)
+    return max(numbers, default=0) <= 1 << 17
 
 
 def _walk(
@@ -280,8 +288,9 @@ def _walk_dense(
         if not arrived:
             continue
         rule = _rule(operation)
-        if rule.expansion is not None:
-            inner, slots = _expanded(operation, rule.expansion)
+        equations = rule.expansion or (rule.equations if policy.linear_kept is None else None)
+        if equations is not None:
+            inner, slots = _expanded(operation, equations)
             for number, field in arrived.items():
                 fields.add(slots[number], field)
             _walk_dense(inner, fields, account, policy, {}, False)
@@ -289,7 +298,7 @@ def _walk_dense(
         assert rule.function is not None
         for number, field in arrived.items():
             account.bias += field.sum((0, 2))
-            if operation.name in DENSE:
+            if operation.name in DENSE and policy.dense(operation.name):
                 slot, field = move(operation, number, field, policy)
                 fields.add(slot, field)
                 account.bias -= field.sum((0, 2))

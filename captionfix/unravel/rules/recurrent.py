@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedOperation
 from ..policy import Policy, split
-from ..registry import Link, register, register_expansion
+from ..registry import Link, register, register_equations, register_expansion
 from ..trace import Operation, Slot
 from .common import chunks, concatenated, sign
 
@@ -33,6 +33,25 @@ def lstm_cell(op: Operation, output: int, neurons: Tensor, direction: Tensor, po
     return links + _inputs(
         x, h, weight_x.read(), weight_h.read(), row, unit + 2 * hidden, direction, terms[:, 1], policy
     )
+
+
+@register_equations("lstm_cell")
+def lstm_cell_equations(
+    op: Operation,
+    x: Tensor,
+    state: list[Tensor],
+    weight_x: Tensor,
+    weight_h: Tensor,
+    bias_x: Tensor | None = None,
+    bias_h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lstm_cell` spelled out; one matrix over input and state, since they are one sum."""
+    h, c = state
+    bias = None if bias_x is None or bias_h is None else bias_x + bias_h
+    gates = torch.nn.functional.linear(torch.cat([x, h], 1), torch.cat([weight_x, weight_h], 1), bias)
+    i, f, g, o = gates.chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 @register("gru_cell")
