@@ -229,7 +229,7 @@ def test_command_line(data, cnn, tmp_path):
 def test_two_processes_train_one_captioner(tmp_path):
     script = tmp_path / "run.py"
     script.write_text("from captionfix.train_cli import app\napp()\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--scenes", "32", "--batch", "4", "--hidden", "16", "--max-steps", "2", "--save-every", "2"]
     subprocess.run(
         [*torchrun, str(script), "scenes", "--out", str(tmp_path / "out"), *options], check=True, timeout=300
