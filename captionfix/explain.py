@@ -174,7 +174,7 @@ def _batch(
     wanted = [i for i, ids in enumerate(given) if ids is None]
     if wanted:
         with torch.inference_mode():
-            generated = captioner.generate(pixels[wanted], beams=beams)
+            generated = captioner.generate_from(encoded.features[wanted], beams=beams)
         for i, made in zip(wanted, generated, strict=True):
             given[i] = tuple(made)
     words: list[list[Word]] = []

@@ -104,7 +104,6 @@ class Captioner(ABC):
         """(B, T, h, w) attention weights with which each next word is predicted, or None where the model has none."""
         return None
 
-    @abstractmethod
     def generate(
         self,
         pixels: torch.Tensor,
@@ -113,10 +112,25 @@ class Captioner(ABC):
         sample: bool = False,
         seed: int | None = None,
     ) -> list[tuple[int, ...]]:
-        """Captions of (B, C, H, W) pixels, as word ids without start and end.
+        """Captions of (B, C, H, W) pixels: `generate_from(encode(pixels), ...)`."""
+        import torch
+
+        with torch.no_grad():
+            return self.generate_from(self.encode(pixels), beams, max_words, sample, seed)
+
+    @abstractmethod
+    def generate_from(
+        self,
+        features: torch.Tensor,
+        beams: int = 3,
+        max_words: int | None = None,
+        sample: bool = False,
+        seed: int | None = None,
+    ) -> list[tuple[int, ...]]:
+        """Captions of (B, F, h, w) feature maps, as word ids without start and end.
 
         Args:
-            pixels: the CNN's inputs.
+            features: what `encode` returns.
             beams: width of the beam search, whose scores are log-probabilities divided by length (or by the
                 captioner's own power of it); 1 is greedy.
             max_words: longest caption; None is the captioner's own `max_words`.

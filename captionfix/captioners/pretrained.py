@@ -76,17 +76,6 @@ class PretrainedCaptioner(Captioner):
         return decoder.attention(features, tokens) if isinstance(decoder, ShowAttendTellDecoder) else None
 
     @torch.no_grad()
-    def generate(
-        self,
-        pixels: torch.Tensor,
-        beams: int = 3,
-        max_words: int | None = None,
-        sample: bool = False,
-        seed: int | None = None,
-    ) -> list[tuple[int, ...]]:
-        return self.generate_from(self.encode(pixels), beams, max_words, sample, seed)
-
-    @torch.no_grad()
     def generate_from(
         self,
         features: torch.Tensor,
@@ -95,7 +84,6 @@ class PretrainedCaptioner(Captioner):
         sample: bool = False,
         seed: int | None = None,
     ) -> list[tuple[int, ...]]:
-        """As `generate`, from (B, F, h, w) features that `encode` has made."""
         from transformers import GenerationConfig
 
         v = self.vocabulary

@@ -275,3 +275,17 @@ def test_rows_at_a_leaf_are_merged_though_a_view_shows_an_element_several_times(
         * torch.tensor([1.0, 2, 3, 3, 2, 1]).double()
         / (x[0, 0] * torch.tensor([1.0, 2, 3, 3, 2, 1]).double()).sum(),
     )
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_mask_made_from_tokens_is_a_constant_factor(cast: bool) -> None:
+    """`x * (tokens != pad)`, as captioners silence padding: the mask takes no evidence."""
+    tokens, x = torch.tensor([[3, 0, 5]]), torch.rand(1, 3, dtype=torch.float64) + 1
+    with Trace() as trace:
+        x, tokens = x.clone(), tokens.clone()
+        at = trace.slot(trace.watch("x", x))
+        trace.watch("tokens", tokens)
+        mask = tokens != 0
+        out = trace.slot(x * (mask.to(x.dtype) if cast else mask))
+    account = walk(trace, [(out, start(out, [0, 2]))], Policy())
+    assert account.at(at).dense(2, 3).tolist() == [[1, 0, 0], [0, 0, 1]]

@@ -162,11 +162,18 @@ def product(op: Operation, output: int, neurons: Tensor, direction: Tensor, poli
 
 
 GATES = frozenset({"sigmoid", "softmax", "_softmax", "hardsigmoid"})
+MASKS = frozenset(
+    {"ne", "eq", "gt", "lt", "ge", "le", "logical_not", "logical_and", "logical_or", "isnan", "bitwise_not"}
+)
+CASTS = frozenset({"_to_copy", "to"})
 
 
 def is_gate(operand: object) -> bool:
-    """Whether a tensor is the output of a squashing function to 0..1, through any number of views."""
-    return isinstance(operand, Slot) and operand.value.producer is not None and operand.value.producer.name in GATES
+    """Whether a tensor is the output of a squashing function to 0..1, or a mask, through any number of views."""
+    producer = operand.value.producer if isinstance(operand, Slot) else None
+    if producer is None:
+        return False
+    return producer.name in GATES | MASKS or (producer.name in CASTS and is_gate(producer.args[0]))
 
 
 def _signal(op: Operation) -> Slot:
