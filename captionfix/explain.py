@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -274,8 +275,6 @@ def _words(captioner: Captioner, caption: Caption, found: Flow, at_map: Tensor, 
 
 def _placed(word: Word, mass: Tensor, prepared: Prepared) -> Word:
     """The word with its fixations: (H, W) mass on the CNN's input, as points of the original image."""
-    from dataclasses import replace
-
     height, width = mass.shape
     row, column = torch.nonzero(mass > 0, as_tuple=True)
     x0, y0, x1, y1 = prepared.window
