@@ -67,7 +67,7 @@ def explain(
     images: list[Any] | tuple[Any, ...],
     caption: str | Sequence[str] | None = None,
     *,
-    contrast: Mapping[Any, str] | None = None,
+    contrast: Mapping[Any, str] | Literal["alternatives"] | None = None,
     method: str = "default",
     policy: Policy | str | Mapping[str, Any] = "default",
     beams: int = 3,
@@ -80,7 +80,7 @@ def explain(
     images: Any,
     caption: str | None = None,
     *,
-    contrast: Mapping[Any, str] | None = None,
+    contrast: Mapping[Any, str] | Literal["alternatives"] | None = None,
     method: str = "default",
     policy: Policy | str | Mapping[str, Any] = "default",
     beams: int = 3,
@@ -92,7 +92,7 @@ def explain(
     images: Any,
     caption: str | Sequence[str] | None = None,
     *,
-    contrast: Mapping[Any, str] | None = None,
+    contrast: Mapping[Any, str] | Literal["alternatives"] | None = None,
     method: str = "default",
     policy: Policy | str | Mapping[str, Any] = "default",
     beams: int = 3,
@@ -110,7 +110,9 @@ def explain(
             explanations.
         caption: anybody's caption instead of the captioner's own; for several images one for all, or one each.
         contrast: ``{"dog": "cat"}`` explains "dog" by what speaks for it and against "cat". Keys are words of the
-            caption (all their occurrences) or places.
+            caption (all their occurrences) or places. ``"alternatives"`` explains every word's flow by what speaks for
+            it and against the words that the captioner finds likely in its place, sum_v p(v) logit(v); a removal's
+            drop of log-probability is against them already.
         method: how words depend on the feature map: ``"joined"`` (the default: removal and flow together),
             ``"removal"``, ``"flow"`` or ``"attention"``.
         policy: how much evidence is followed: ``"default"``, ``"paper"`` (CNN Fixations as published; its method is
@@ -135,6 +137,8 @@ def explain(
         captions = list(caption)
         if len(captions) != len(pictures):
             raise CaptionError(f"{len(captions)} captions for {len(pictures)} images: give one for all, or one each")
+    if isinstance(contrast, str) and contrast != "alternatives":
+        raise CaptionError(f"contrast {contrast!r}: give {{word: other word}}, or 'alternatives'")
     method, followed = _settings(captioner, method, policy)
     explanations: list[Explanation] = []
     for first in range(0, len(pictures), batch_size):
@@ -158,7 +162,7 @@ def _batch(
     captioner: Captioner,
     pictures: Sequence[Image.Image],
     captions: Sequence[str | None],
-    contrast: Mapping[Any, str],
+    contrast: Mapping[Any, str] | Literal["alternatives"],
     method: str,
     policy: Policy,
     beams: int,
@@ -183,12 +187,13 @@ def _batch(
     owner: list[int] = []
     for i, ids in enumerate(given):
         assert ids is not None
-        caption = Caption(captioner.vocabulary.start, ids, _contrasts(captioner, ids, contrast))
+        named = () if isinstance(contrast, str) else _contrasts(captioner, ids, contrast)
+        caption = Caption(captioner.vocabulary.start, ids, named)
         if not ids:
             words.append([])
             continue
         features = encoded.features[i : i + 1]
-        found = flow(captioner, features, caption, policy)
+        found = flow(captioner, features, caption, policy, "alternatives" if isinstance(contrast, str) else "logit")
         legs.append(METHODS[method](captioner, features, caption, found))
         owner += [i] * len(ids)
         words.append(_words(captioner, caption, found, legs[-1].evidence, image_effect(captioner, features, caption)))

@@ -40,14 +40,13 @@ def encode(captioner: Captioner, pixels: Tensor) -> Encoded:
 
 
 @torch.inference_mode()
-def channels(features: Tensor, maps: Tensor, given: Tensor | None = None) -> Tensor:
-    """Spreads evidence on cells over their channels.
+def channels(features: Tensor, maps: Tensor) -> Tensor:
+    """Spreads evidence on cells over channels in proportion to positive activation (to its size, where a cell has no
+    positive one).
 
     Args:
         features: (F, h, w) one image's feature map.
         maps: (n, h, w) evidence on cells.
-        given: (n, F, h, w) evidence on neurons, as the flow gives it; a cell's mass follows its channels where it has
-            any. None spreads in proportion to positive activation (to its size, where a cell has no positive one).
 
     Returns:
         (n, F, h, w), each cell's channels summing to its evidence.
@@ -55,11 +54,7 @@ def channels(features: Tensor, maps: Tensor, given: Tensor | None = None) -> Ten
     positive = features.clamp_min(0)
     share = torch.where(positive.sum(0) > 0, positive, features.abs())
     share = share / share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
-    if given is None:
-        return maps[:, None] * share
-    total = given.sum(1, keepdim=True)
-    own = torch.where(total > 0, given / total.clamp_min(torch.finfo(share.dtype).tiny), share)
-    return maps[:, None] * own
+    return maps[:, None] * share
 
 
 @torch.inference_mode()

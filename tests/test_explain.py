@@ -160,6 +160,20 @@ def test_contrast_changes_only_its_word(captioner, made, explained):
         assert same == (after.contrast is None)
 
 
+def test_alternatives_start_the_flow_from_what_the_word_has_beyond_them(captioner, made):
+    plain = captionfix.explain(captioner, made.image, caption=made.caption, method="flow")
+    against = captionfix.explain(captioner, made.image, caption=made.caption, method="flow", contrast="alternatives")
+    masks, inside = made.masks(), []
+    for one, other, kind in zip(plain, against, made.kinds, strict=True):
+        credits = sum(share for _, share in other.language)
+        assert other.image_share + credits + other.other == pytest.approx(1, abs=1e-4)
+        if kind in ("colour", "shape"):
+            assert not np.allclose(one.feature_map, other.feature_map, atol=1e-4)
+            x, y = other.point()
+            inside.append(masks[other.index][int(y), int(x)])
+    assert np.mean(inside) >= 0.75
+
+
 def test_paper_is_the_flow_and_its_fixations_are_a_set(captioner, made):
     result = captionfix.explain(captioner, made.image, caption=made.caption, policy="paper")
     assert result.method == "flow"
@@ -188,7 +202,7 @@ def test_the_model_is_left_as_it_was(captioner, made):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"caption": ""}, CaptionError, "empty"),
+        ({"caption": ""}, CaptionError, "no words"),
         ({"caption": "a zebra left of a tree"}, CaptionError, "tree, zebra"),
         ({"caption": "a red star " * 40}, CaptionError, "words"),
         ({"caption": ["a red star", "a blue star"]}, CaptionError, "2 captions for 1"),
@@ -196,6 +210,7 @@ def test_the_model_is_left_as_it_was(captioner, made):
         ({"contrast": {"a": "zebra"}}, CaptionError, "does not know the word 'zebra'"),
         ({"contrast": {"a": "a"}}, CaptionError, "itself"),
         ({"contrast": {99: "red"}}, CaptionError, "not in the caption"),
+        ({"contrast": "cat"}, CaptionError, "alternatives"),
         ({"method": "magic"}, PolicyError, "joined.*removal.*flow.*attention"),
         ({"policy": "magic"}, PolicyError, "default.*paper.*marginal"),
         ({"policy": {"sums": 0}}, PolicyError, "sums"),
