@@ -50,7 +50,7 @@ def measure(captioner: Captioner, repeat: int) -> dict[str, float]:
     features = encoded.features
     with torch.inference_mode():
         found = word_to_map.flow(captioner, features, caption, policy)
-        evidence = METHODS["joined"](captioner, features, caption, found)
+        evidence = METHODS["joined"](captioner, features, caption, found).evidence
     parts: dict[str, Callable[[], object]] = {
         "caption": lambda: captioner.logits(pixels, tokens),
         "encode": lambda: captioner.encode(pixels),
