@@ -16,21 +16,21 @@ every machine whose numpy draws the same random numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captionfix.errors import DataError
+from captionfix.scene_shapes import SHAPES, Array
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-Array = NDArray[np.floating[Any]]  # float32 throughout
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
 Pattern = tuple[float, float, float, float, float]
@@ -69,69 +69,9 @@ SPLITS: dict[str, int] = {"train": 0, "test": 1, "held-out": 2}  # part of the r
 MARGIN = 10.0  # pixels at 128: see the two rules above
 MOST_HIDDEN = 0.15  # share of a thing's own area that others may cover
 SIDE = 128  # pixels for which the lengths in this file are stated; other sizes scale them
-TIPS = ((0.0, -1.0), (0.9510565, -0.309017), (0.5877853, 0.809017), (-0.5877853, 0.809017), (-0.9510565, -0.309017))
 STRENGTH = 0.36  # the darker tone of stripes and dots, as a factor on the colour
 
 
-def _circle(u: Array, v: Array) -> Array:
-    return np.sqrt(u * u + v * v) - 0.92
-
-
-def _square(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.80
-
-
-def _triangle(u: Array, v: Array) -> Array:
-    return np.maximum(v, 0.8660254 * np.abs(u) - 0.5 * v) - 0.57
-
-
-def _diamond(u: Array, v: Array) -> Array:
-    return (np.abs(u) * 1.3889 + np.abs(v) * 0.9091 - 1.0) * 0.6025
-
-
-def _cross(u: Array, v: Array) -> Array:
-    a, b = np.abs(u), np.abs(v)
-    return np.minimum(np.maximum(a - 0.95, b - 0.34), np.maximum(a - 0.34, b - 0.95))
-
-
-def _star(u: Array, v: Array) -> Array:
-    # A pentagram is where at most one of five half-planes is left: the second largest distance decides.
-    most = np.full_like(u, -9.0)
-    second = most
-    for nu, nv in TIPS:
-        side = nu * u + nv * v
-        second = np.maximum(second, np.minimum(most, side))
-        most = np.maximum(most, side)
-    return second - 1.18 * 0.3090170
-
-
-def _heart(u: Array, v: Array) -> Array:
-    v = v - 0.09
-    p, q = (u - v) * 0.7071068, (-u - v) * 0.7071068
-    body = np.maximum(np.abs(p), np.abs(q)) - 0.6
-    lobes = np.minimum((p - 0.6) * (p - 0.6) + q * q, p * p + (q - 0.6) * (q - 0.6))
-    return np.minimum(body, np.sqrt(lobes) - 0.6)
-
-
-def _arrow(u: Array, v: Array) -> Array:
-    a = np.abs(u)
-    head = np.maximum(0.7415 * a - 0.6709 * v - 0.738, v + 0.05)
-    shaft = np.maximum(a - 0.34, np.maximum(v - 1.0, -v - 0.1))
-    return np.minimum(head, shaft)
-
-
-# Signed distance to the outline, in radii, negative inside; u points right and v down from the centre. All shapes lie
-# within a distance of 1.25.
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "diamond": _diamond,
-    "cross": _cross,
-    "star": _star,
-    "heart": _heart,
-    "arrow": _arrow,
-}
 VOCABULARY: tuple[str, ...] = ("a", *SIZES, *SURFACES, *COLOURS, *SHAPES, "left", "right", "of", "above", "below")
 
 

@@ -276,7 +276,7 @@ def _walk_dense(
             if slot is None or slot.value not in fields.waiting or not slot.value.variable:
                 continue
             field = fields.waiting.pop(slot.value)
-            if _cut(slot.value, to_evidence(field), account, wanted) and stop:
+            if slot.value in wanted and _cut(slot.value, to_evidence(field), account, wanted) and stop:
                 continue
             if not (slot.is_plain() and slot.numel == field.shape[2]):
                 cells = slot.cells(torch.arange(slot.numel, device=field.device))
