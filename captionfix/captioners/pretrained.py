@@ -75,7 +75,6 @@ class PretrainedCaptioner(Captioner):
         decoder = self.model.decoder
         return decoder.attention(features, tokens) if isinstance(decoder, ShowAttendTellDecoder) else None
 
-    @torch.no_grad()
     def generate_from(
         self,
         features: torch.Tensor,
@@ -84,31 +83,11 @@ class PretrainedCaptioner(Captioner):
         sample: bool = False,
         seed: int | None = None,
     ) -> list[tuple[int, ...]]:
-        from transformers import GenerationConfig
+        from captionfix.captioners.decoding import generate
 
-        v = self.vocabulary
         longest = self.max_words if max_words is None else max_words
-        if beams < 1 or longest < 1:
-            raise CaptionError(f"beams ({beams}) and max_words ({longest}) must be at least 1")
-        config = GenerationConfig(
-            max_new_tokens=longest,
-            min_new_tokens=1,
-            num_beams=1 if sample else beams,
-            do_sample=sample,
-            **({"top_k": 0} if sample else {}),
-            length_penalty=self.model.config.beam_length_power,
-            early_stopping=False,
-            bos_token_id=v.start,
-            eos_token_id=v.end,
-            pad_token_id=v.pad if v.pad is not None else v.end,
-            suppress_tokens=sorted(v.special - {v.end}),
-        )
-        start = torch.full((len(features), 1), v.start, dtype=torch.long, device=features.device)
-        with torch.random.fork_rng(devices=[features.device] if features.is_cuda else [], enabled=sample):
-            if sample:
-                torch.manual_seed(seed) if seed is not None else torch.seed()
-            rows = self.model.generate(start, features=features, generation_config=config)
-        return [tuple(i for i in row if i not in v.special) for row in rows[:, 1:].tolist()]
+        power = self.model.config.beam_length_power
+        return generate(self.model, features, self.vocabulary, beams, longest, sample, seed, power)
 
     def tokenize(self, caption: str, unknown: Literal["error", "map"] = "error") -> tuple[int, ...]:
         from captionfix.captioners.words import split

@@ -37,9 +37,10 @@ def tiny(family: str, seed: int = 0, **settings: object) -> PretrainedCaptioner:
     return PretrainedCaptioner(model, word_tokenizer(WORDS), square_processor(32), "tiny")
 
 
-@pytest.fixture(params=["show-attend-tell", "show-tell"])
+@pytest.fixture(params=["show-attend-tell", "show-attend-tell, after", "show-tell"])
 def captioner(request: pytest.FixtureRequest) -> PretrainedCaptioner:
-    return tiny(request.param)
+    family, _, after = request.param.partition(", ")
+    return tiny(family, **({"attend": "after"} if after else {}))
 
 
 @pytest.fixture

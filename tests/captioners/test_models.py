@@ -120,6 +120,17 @@ def test_attention_is_a_distribution_and_explains_the_context(make, pixels):
     assert make("show-tell").attention(features, TOKENS) is None
 
 
+@pytest.mark.parametrize("attend", ["before", "after"])
+@torch.no_grad()
+def test_which_words_the_attention_has_read(make, pixels, attend):
+    captioner = make("show-attend-tell", attend=attend)
+    features = captioner.encode(pixels)
+    other = TOKENS.clone()
+    other[:, 2] = 9
+    change = (captioner.attention(features, TOKENS) - captioner.attention(features, other)).abs().amax((0, 2, 3))
+    assert (change > 1e-5).tolist() == [False, False, attend == "after", True, True]
+
+
 def test_loss_is_the_mean_over_words_whatever_the_padding(captioner, pixels):
     model = captioner.model
     rows = [[1, 4, 6, 2], [1, 5, 7, 4, 6, 2], [1, 4, 2], [1, 6, 7, 7, 2]]
