@@ -91,6 +91,8 @@ class ShowAttendTellConfig(CaptionerConfig):
         attend: which state asks: `"before"`, the one before the word is read (Xu et al. 2015), and what was attended
             enters the LSTM with the word; or `"after"`, the one after it (Lu et al. 2017, "Knowing When to Look",
             equations 5 to 8), and what was attended goes to the output alone.
+        begin: the LSTM's first state: `"mean"`, made from the cells' mean (Xu et al. 2015), or `"zero"`. With `"after"`
+            and `"zero"` the image reaches a word through that word's own attention alone.
         kwargs: see `CaptionerConfig`.
     """
 
@@ -102,10 +104,12 @@ class ShowAttendTellConfig(CaptionerConfig):
         attention_size: int = 512,
         positions: list[int] | tuple[int, int] | None = None,
         attend: Literal["before", "after"] = "before",
+        begin: Literal["mean", "zero"] = "mean",
         **kwargs: Any,
     ) -> None:
         self.value_size = value_size
         self.attend = attend
+        self.begin = begin
         self.attention_size = attention_size
         self.positions = list(positions) if positions is not None else None
         super().__init__(**kwargs)
@@ -226,8 +230,10 @@ class ShowAttendTellDecoder(Decoder):
         self.query = nn.Linear(config.hidden_size, config.attention_size, bias=False)
         self.score = nn.Linear(config.attention_size, 1, bias=False)
         self.gate = nn.Linear(config.hidden_size, config.value_size)
-        self.begin_h = nn.Linear(config.value_size, config.hidden_size)
-        self.begin_c = nn.Linear(config.value_size, config.hidden_size)
+        self.from_mean = config.begin == "mean"
+        if self.from_mean:
+            self.begin_h = nn.Linear(config.value_size, config.hidden_size)
+            self.begin_c = nn.Linear(config.value_size, config.hidden_size)
         self.after = config.attend == "after"
         read = config.word_size if self.after else config.word_size + config.value_size
         self.cell = nn.LSTMCell(read, config.hidden_size)
@@ -240,8 +246,12 @@ class ShowAttendTellDecoder(Decoder):
         if self.position is not None:
             cells = cells + self.position
         values = torch.relu(cells)
-        mean = values.mean(1)
-        return torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean)), values, self.key(values)
+        if self.from_mean:
+            mean = values.mean(1)
+            h, c = torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean))
+        else:
+            h = c = values.new_zeros(len(values), self.cell.hidden_size)
+        return h, c, values, self.key(values)
 
     def advance(self, state: State, word: Tensor) -> tuple[Tensor, Tensor, State]:
         """One word further: embedded words (B, E) -> output (B, E), attention (B, N), state."""

@@ -40,7 +40,7 @@ def tiny(family: str, seed: int = 0, **settings: object) -> PretrainedCaptioner:
 @pytest.fixture(params=["show-attend-tell", "show-attend-tell, after", "show-tell"])
 def captioner(request: pytest.FixtureRequest) -> PretrainedCaptioner:
     family, _, after = request.param.partition(", ")
-    return tiny(family, **({"attend": "after"} if after else {}))
+    return tiny(family, **({"attend": "after", "begin": "zero"} if after else {}))
 
 
 @pytest.fixture
