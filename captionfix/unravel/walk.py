@@ -311,7 +311,9 @@ def _walk_dense(
         operation.memo.clear()
 
 
-def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:
+def find_feature_map(
+    trace: Trace, image: Slot, target: Slot, accept: Callable[[Slot], bool] = lambda slot: True
+) -> Slot | None:
     """The CNN's feature map: the last four-dimensional tensor with more than one position that every path from the
     image to the target passes. None where there is no such tensor.
 
@@ -319,6 +321,7 @@ def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:
         trace: the recorded pass.
         image: where the image lies.
         target: where the logits lie.
+        accept: which tensors come into question.
     """
     from_image: set[Value] = {image.value}
     depending: list[Operation] = []
@@ -350,6 +353,7 @@ def find_feature_map(trace: Trace, image: Slot, target: Slot) -> Slot | None:
                     and slot.value in live
                     and len(slot.shape) == 4
                     and slot.shape[2] * slot.shape[3] > 1
+                    and accept(slot)
                 ):
                     found = slot
     return found if found is not image else None
