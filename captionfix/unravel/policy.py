@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import PolicyError
+
+if TYPE_CHECKING:
+    from .trace import Operation, Slot
 
 
 @dataclass(frozen=True)
@@ -22,24 +25,32 @@ class Policy:
         neurons: how many neurons a word may hold in one layer, the heaviest, renormalised; None sets no limit.
         location: what a convolution with one kept contributor (the paper's winner: the channel with the largest summed
             contribution, then a location inside it) takes as location: ``"location"``, the largest contribution, as
-            published, or ``"centre"``, the window's centre, as in the authors' released code.
+            published; ``"centre"``, the window's centre; ``"released"``, the input position stride * output position,
+            as in the authors' released code: the centre too where the padding is half the window, its first corner
+            where there is none.
         winner: take a convolution's winner in the paper's two steps (needs ``convolutions=1``).
         linear: contributors kept at fully connected layers where that differs from other sums (the paper keeps all
             agreeing contributors there but one summand in residual branches); "sums" follows ``sums``.
+        flattened: the same where a fully connected layer reads a flattened feature map (the released code keeps one);
+            "linear" follows ``linear``.
         mass: ``"share"`` splits a neuron's mass in proportion to the contributions; ``"set"`` splits it evenly among
             those kept, and every fixation weighs the same in the end (the paper works with sets).
         opposed: where the mass of a neuron goes that no contribution agrees with: ``"bias"``, or ``"input"`` for the
             least opposed input.
+        fallback: what to do at an operation without a rule: ``"error"`` says so, ``"gradient"`` follows the operation's
+            local gradient times its input (slow: one derivative a neuron).
     """
 
     sums: int | None = 16
     convolutions: int | None = 4
     neurons: int | None = 300
-    location: Literal["location", "centre"] = "location"
+    location: Literal["location", "centre", "released"] = "location"
     winner: bool = False
     linear: int | Literal["sums"] | None = "sums"
+    flattened: int | Literal["linear"] | None = "linear"
     mass: Literal["share", "set"] = "share"
     opposed: Literal["bias", "input"] = "bias"
+    fallback: Literal["error", "gradient"] = "error"
 
     def __post_init__(self) -> None:
         for name in ("sums", "convolutions", "neurons"):
@@ -47,9 +58,10 @@ class Policy:
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise PolicyError(f"policy {name}={number!r}: give a whole number from 1 up, or None for all")
         for name, allowed in (
-            ("location", ("location", "centre")),
+            ("location", ("location", "centre", "released")),
             ("mass", ("share", "set")),
             ("opposed", ("bias", "input")),
+            ("fallback", ("error", "gradient")),
         ):
             if getattr(self, name) not in allowed:
                 raise PolicyError(f"policy {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
@@ -60,17 +72,29 @@ class Policy:
     def linear_kept(self) -> int | None:
         return self.sums if self.linear == "sums" else self.linear
 
-    def dense(self, operation: str) -> bool:
-        """Whether an operation keeps all contributors, so that it is better computed for all neurons at once."""
-        if self.opposed == "input":
+    def linear_keeps(self, operation: Operation) -> int | None:
+        """Contributors that a fully connected layer keeps."""
+        if self.flattened == "linear" or not _reads_map(operation.args[0]):
+            return self.linear_kept
+        return self.flattened
+
+    def dense(self, operation: Operation) -> bool:
+        """Whether a convolution or fully connected layer keeps all contributors, so that it is better computed for all
+        neurons at once.
+        """
+        if self.opposed == "input" or not operation.args[0].value.variable:
             return False
-        return self.linear_kept is None if operation == "linear" else self.convolutions is None
+        return (self.linear_keeps(operation) if operation.name == "linear" else self.convolutions) is None
 
     @property
     def everything(self) -> bool:
         """Whether nothing is left out anywhere, so that full tables pay."""
         return (
-            self.neurons is None and self.convolutions is None and self.linear_kept is None and self.opposed == "bias"
+            self.neurons is None
+            and self.convolutions is None
+            and self.linear_kept is None
+            and self.flattened in ("linear", None)
+            and self.opposed == "bias"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +102,7 @@ class Policy:
 
     @classmethod
     def named(cls, policy: Policy | str | dict[str, Any]) -> Policy:
-        """A policy by name (``default``, ``paper``, ``marginal``), or from its fields, or itself.
+        """A policy by name (``default``, ``paper``, ``released``, ``marginal``), or from its fields, or itself.
 
         Raises:
             PolicyError: for a name or a field that does not exist.
@@ -102,8 +126,25 @@ class Policy:
 POLICIES = {
     "default": Policy(),
     "paper": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set"),
+    "released": Policy(
+        sums=1,
+        convolutions=1,
+        neurons=None,
+        location="released",
+        winner=True,
+        linear=None,
+        flattened=1,
+        mass="set",
+    ),
     "marginal": Policy(sums=None, convolutions=None, neurons=None),
 }
+
+
+def _reads_map(slot: Slot) -> bool:
+    """Whether a fully connected layer's input is a feature map of several positions, through any number of views."""
+    producer = slot.value.producer
+    made = [s for s in producer.outputs if s is not None and s.value is slot.value] if producer is not None else []
+    return bool(made) and len(made[0].shape) > 2 and made[0].numel > made[0].shape[0] * made[0].shape[1]
 
 
 def split(contributions: Tensor, keep: int | None, policy: Policy) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from .dense import DENSE, Fields, move, to_evidence, to_field
 from .evidence import Evidence, join
 from .policy import Policy
 from .registry import RULES, Link, Rule, find
+from .rules.gradient import gradient
 from .trace import Operation, Slot, Trace, Value
 
 
@@ -167,7 +168,7 @@ def _apply(
     account: Account,
     policy: Policy,
 ) -> None:
-    rule = _rule(operation)
+    rule = _rule(operation, policy)
     if rule.expansion is not None:
         inner, slots = _expanded(operation, rule.expansion)
         for number, evidence in arrived.items():
@@ -176,7 +177,7 @@ def _apply(
         return
     assert rule.function is not None
     for number, evidence in arrived.items():
-        if operation.name in DENSE and policy.dense(operation.name):
+        if operation.name in DENSE and policy.dense(operation):
             out = operation.outputs[number]
             assert out is not None
             slot, field = move(operation, number, to_field(evidence, account.words, out.numel), policy)
@@ -226,13 +227,16 @@ def _follow(
     account.bias.index_add_(0, evidence.word, (evidence.mass - moved).clamp_min(0))
 
 
-def _rule(operation: Operation) -> Rule:
+def _rule(operation: Operation, policy: Policy) -> Rule:
     rule = find(operation.func)
+    if rule is None and policy.fallback == "gradient":
+        return Rule(gradient)
     if rule is None:
         raise UnsupportedOperation(
             f"no rule for {operation}: evidence reached it and can go no further. Register one: "
             f"@captionfix.unravel.register({operation.name!r}); the docstring of captionfix.unravel.registry says what "
-            f"a rule is ({len(RULES)} operations have one)."
+            f"a rule is ({len(RULES)} operations have one). Or ask for its local gradient times its input: "
+            "Policy(fallback='gradient')."
         )
     return rule
 
@@ -287,7 +291,7 @@ def _walk_dense(
             arrived[number] = field
         if not arrived:
             continue
-        rule = _rule(operation)
+        rule = _rule(operation, policy)
         equations = rule.expansion or (rule.equations if policy.linear_kept is None else None)
         if equations is not None:
             inner, slots = _expanded(operation, equations)
@@ -298,7 +302,7 @@ def _walk_dense(
         assert rule.function is not None
         for number, field in arrived.items():
             account.bias += field.sum((0, 2))
-            if operation.name in DENSE and policy.dense(operation.name):
+            if operation.name in DENSE and policy.dense(operation):
                 slot, field = move(operation, number, field, policy)
                 fields.add(slot, field)
                 account.bias -= field.sum((0, 2))

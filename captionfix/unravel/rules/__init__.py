@@ -1,3 +1,3 @@
 """One file per family of operations; importing this package registers them all."""
 
-from . import attention, convolution, layout, pointwise, pooling, recurrent, sums  # noqa: F401
+from . import attention, convolution, layout, pointwise, pooling, products, recurrent, sums, writes  # noqa: F401

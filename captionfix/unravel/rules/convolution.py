@@ -82,10 +82,17 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
             [image[part, None], group[part, None] * channels + channel, positions[part].gather(1, tap).clamp_min(0)],
             (shape[0], shape[1], area),
         )
+        if policy.winner and policy.location == "released":
+            there = [w[part] * step for w, step in zip(where, geometry.stride, strict=True)]
+            inside = torch.stack([at < size for at, size in zip(there, shape[2:], strict=True)]).all(0)[:, None]
+            place = ravel(there, shape[2:])[:, None].where(inside, 0)
+            index = index - index.remainder(area) + place
+            chosen = slot.take(index)
+            share = torch.where(inside, share, torch.zeros_like(share))
         towards = sign(chosen)
         if policy.opposed == "input":
             towards = direction[part, None] * sign(weights[filters[part]].flatten(1).gather(1, column))
-        if policy.location == "centre" or policy.opposed == "input":
+        if (policy.location == "centre" or policy.opposed == "input") and policy.location != "released":
             # a window that reaches into the padding may have its centre there, or lie in it altogether
             share = torch.where(padding.gather(1, tap), torch.zeros_like(share), share)
         links.append(Link(slot, index, share, towards))
@@ -102,7 +109,7 @@ def _kept(contributions: Tensor, policy: Policy, geometry: Geometry) -> tuple[Te
     total, channel = summed.sum(1).max(1, keepdim=True)
     inside = contributions.gather(2, channel[:, None].expand(-1, taps, 1))[..., 0]
     best, tap = inside.max(1, keepdim=True)
-    if policy.location == "centre":
+    if policy.location != "location":
         middle = [k // 2 for k in geometry.kernel]
         centre = ravel([torch.tensor(m) for m in middle], geometry.kernel)
         tap, best = torch.full_like(tap, int(centre)), total

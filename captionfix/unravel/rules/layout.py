@@ -12,6 +12,7 @@ from torch import Tensor
 from ..policy import Policy
 from ..registry import Link, register
 from ..trace import Operation, Slot
+from .pointwise import MASKS
 
 # Which argument numbers are the signals; the others (indices, masks, sizes) are given to the operation as they were.
 _SIGNALS: dict[str, Sequence[int] | None] = {
@@ -98,7 +99,7 @@ _SIGNALS: dict[str, Sequence[int] | None] = {
 }
 
 
-@register(*_SIGNALS)
+@register(*(name for name in _SIGNALS if name not in ("scatter", "index_put", "_index_put_impl")))
 def moved(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slots, tables = _origin(op)
     origin = tables[output].reshape(-1)[neurons]
@@ -249,6 +250,23 @@ def _resampling_rows(op: Operation, spatial: Sequence[int], places: Tensor, dtyp
     return response[:, places].t().contiguous()
 
 
-@register("one_hot", "arange", reads=False)
+@register(
+    "one_hot",
+    "arange",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "argmax",
+    "argmin",
+    "argsort",
+    *MASKS,
+    reads=False,
+)
 def constant(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """What does not change where the input changes a little."""
     return []

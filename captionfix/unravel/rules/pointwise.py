@@ -41,7 +41,23 @@ from .common import broadcast, coordinates, same, sign
     "log_sigmoid",
     "positive",
     "threshold",
+    "log2",
+    "log10",
+    "exp2",
+    "round",
+    "floor",
+    "ceil",
+    "trunc",
+    "sign",
+    "nan_to_num",
+    "hardshrink",
+    "softshrink",
+    "sinh",
+    "asinh",
+    "asin",
     "erf",
+    "erfinv",
+    "logit",
     "atan",
     "softsign",
     "_to_copy",
@@ -165,15 +181,19 @@ GATES = frozenset({"sigmoid", "softmax", "_softmax", "hardsigmoid"})
 MASKS = frozenset(
     {"ne", "eq", "gt", "lt", "ge", "le", "logical_not", "logical_and", "logical_or", "isnan", "bitwise_not"}
 )
-CASTS = frozenset({"_to_copy", "to"})
+NORMS = frozenset({"linalg_vector_norm", "norm", "frobenius_norm", "std", "rsqrt"})
+CASTS = frozenset({"_to_copy", "to", "div"})
 
 
 def is_gate(operand: object) -> bool:
-    """Whether a tensor is the output of a squashing function to 0..1, or a mask, through any number of views."""
+    """Whether a tensor is the output of a squashing function to 0..1, a mask, or a statistic that normalises (as in
+    global response norm, or a layer norm that is spelled out), through any number of views; divided or cast, it still
+    is.
+    """
     producer = operand.value.producer if isinstance(operand, Slot) else None
     if producer is None:
         return False
-    return producer.name in GATES | MASKS or (producer.name in CASTS and is_gate(producer.args[0]))
+    return producer.name in GATES | MASKS | NORMS or (producer.name in CASTS and is_gate(producer.args[0]))
 
 
 def _signal(op: Operation) -> Slot:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,33 +45,40 @@ def weighted(
     return Link(slot, index.gather(1, column).clamp_min(0), share, towards)
 
 
-@register("linear", "addmm", "mm", "addmv", "mv")
+@register("linear", "mm", "mv")
 def linear(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
-    if op.name in ("addmm", "addmv"):
-        x, weight = op.args[1], op.args[2].read()
-    else:
-        x, weight = op.args[0], op.argument(1, "weight").read()
-    out = op.outputs[output]
-    assert out is not None
-    if op.name == "linear":
-        rows = weight
-    elif isinstance(op.args[-1], Slot) and op.args[-1].value.variable and not x.value.variable:
+    """A fully connected layer. Its weights are constants, also where they depend on the input themselves; if they
+    alone do, evidence goes to them.
+    """
+    x, weight = op.args[0], op.argument(1, "weight")
+    if weight.value.variable and op.name != "linear":
         return bilinear(op, output, neurons, direction, policy)
-    else:
-        rows = weight.t() if weight.dim() == 2 else weight[None]
+    if weight.value.variable and not x.value.variable:
+        return _to_weights(x, weight, neurons, direction, policy)
+    rows = weight.read() if op.name == "linear" else torch.atleast_2d(weight.read().t())
+    keep = policy.linear_keeps(op)
     features = x.shape[-1]
     links = []
     for part in chunks(len(neurons), features):
         row, column = neurons[part].div(len(rows), rounding_mode="floor"), neurons[part].remainder(len(rows))
         index = row[:, None] * features + torch.arange(features, device=neurons.device)
-        links.append(weighted(x, index, rows[column], direction[part], policy.linear_kept, policy))
+        links.append(weighted(x, index, rows[column], direction[part], keep, policy))
     return [concatenated(links)]
 
 
-@register("matmul", "bmm", "dot", "baddbmm")
+def _to_weights(x: Slot, weight: Slot, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    features = x.shape[-1]
+    units = weight.numel // features
+    row, unit = neurons.div(units, rounding_mode="floor"), neurons.remainder(units)
+    steps = torch.arange(features, device=neurons.device)
+    values = x.take(row[:, None] * features + steps)
+    return [weighted(weight, unit[:, None] * features + steps, values, direction, policy.linear_kept, policy)]
+
+
+@register("matmul", "bmm", "dot")
 def bilinear(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """A matrix product. A constant or a gate (softmax weights) is a weight; of two signals each gets half."""
-    a, b = (op.args[1], op.args[2]) if op.name in ("baddbmm", "addmm", "addmv") else (op.args[0], op.args[1])
+    a, b = op.args[0], op.args[1]
     out = op.outputs[output]
     assert out is not None
     left = a.shape if len(a.shape) > 1 else (1, *a.shape)
@@ -120,24 +130,57 @@ def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: 
 @register("sum", "mean", "nansum")
 def reduction(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slot, axes = op.args[0], op.argument(1, "dim")
-    rank = len(slot.shape)
+    parts = [
+        weighted(slot, index, None, direction[part], policy.sums, policy)
+        for part, index in along(slot.shape, axes, neurons)
+    ]
+    return [concatenated(parts)]
+
+
+def along(shape: Sequence[int], axes: int | Sequence[int] | None, neurons: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What each neuron of a reduction over ``axes`` (None or none: all) was reduced from: slices of the neurons, and
+    their (D, K) element numbers.
+    """
+    rank = len(shape)
     if axes is None or axes == []:
-        axes = list(range(rank))
+        axes = range(rank)
     axes = sorted(a % rank for a in ([axes] if isinstance(axes, int) else axes))
     kept = [i for i in range(rank) if i not in axes]
     strides = [1] * rank
     for i in range(rank - 2, -1, -1):
-        strides[i] = strides[i + 1] * slot.shape[i + 1]
+        strides[i] = strides[i + 1] * shape[i + 1]
     base = torch.zeros_like(neurons)
-    for i, where in zip(kept, coordinates(neurons, [slot.shape[i] for i in kept]), strict=True):
+    for i, where in zip(kept, coordinates(neurons, [shape[i] for i in kept]), strict=True):
         base = base + where * strides[i]
     inner = torch.zeros(1, dtype=torch.long, device=neurons.device)
     for i in axes:
-        inner = (inner[:, None] + torch.arange(slot.shape[i], device=neurons.device) * strides[i]).reshape(-1)
-    parts = [
-        weighted(slot, base[part, None] + inner, None, direction[part], policy.sums, policy)
-        for part in chunks(len(neurons), len(inner))
-    ]
+        inner = (inner[:, None] + torch.arange(shape[i], device=neurons.device) * strides[i]).reshape(-1)
+    for part in chunks(len(neurons), len(inner)):
+        yield part, base[part, None] + inner
+
+
+@register("linalg_vector_norm", "norm", "frobenius_norm", "var", "std")
+def size(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """How large or how scattered numbers are: a sum of ``|x|^p``, or of squared distances from the mean. It grows with
+    every term, so where it is wanted smaller nothing agrees.
+    """
+    slot = op.args[0]
+    spread, power = op.name in ("var", "std"), 2.0
+    if op.name in ("linalg_vector_norm", "norm"):
+        given = op.argument(1, "ord" if op.name == "linalg_vector_norm" else "p", 2.0)
+        power = 2.0 if given is None else float(given)
+    axes = op.argument(2 if op.name in ("linalg_vector_norm", "norm") else 1, "dim")
+    parts = []
+    for part, index in along(slot.shape, None if isinstance(axes, bool) else axes, neurons):
+        x = slot.take(index)
+        x = x - x.mean(1, keepdim=True) if spread else x
+        if math.isinf(power):  # the largest or the smallest alone
+            best = x.abs().argmax(1) if power > 0 else x.abs().argmin(1)
+            terms = torch.nn.functional.one_hot(best, x.shape[1]).to(x.dtype)
+        else:
+            terms = x.abs() ** power
+        column, share = split(terms * direction[part, None], policy.sums, policy)
+        parts.append(Link(slot, index.gather(1, column), share, direction[part, None] * sign(x.gather(1, column))))
     return [concatenated(parts)]
 
 
