@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from captionfix.captioners.captioner import Captioner as Captioner
     from captionfix.captioners.loading import load as load
+    from captionfix.captioners.wrap import wrap as wrap
+    from captionfix.classify import explain_classes as explain_classes
     from captionfix.errors import CaptionerError as CaptionerError
     from captionfix.errors import CaptionError as CaptionError
     from captionfix.errors import CaptionfixError as CaptionfixError
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "load": "captionfix.captioners.loading",
+    "wrap": "captionfix.captioners.wrap",
     "explain": "captionfix.explain",
+    "explain_classes": "captionfix.classify",
     "Captioner": "captionfix.captioners.captioner",
     "Policy": "captionfix.unravel",
     "Explanation": "captionfix.explanation",

@@ -1,0 +1,356 @@
+"""Where a captioner ends to be a CNN: its last feature map, and running what comes before and after it alone.
+
+Any module whose output every path from the image passes can stand in for its own recorded output: the rest of the
+captioner then runs on feature maps that it is given, its code unchanged, and the CNN does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from captionfix.captioners.calm import replaced, tensors_in
+from captionfix.captioners.signatures import Reading
+from captionfix.errors import CaptionerError
+from captionfix.unravel import Slot, Trace, find_feature_map
+
+Run = Callable[[Tensor, Tensor], Any]  # (B, C, H, W) images and (B, T) captions -> whatever the captioner returns
+REMEDY = (
+    "name the module whose output is the CNN's last feature map, (B, F, h, w), with features='encoder.layer4' (the "
+    "path of the module), or give encode= and decode="
+)
+
+
+class _Reached(BaseException):
+    """The feature map has been computed; what would follow is not needed. No Exception: nobody's `except` is meant."""
+
+    def __init__(self, features: Any) -> None:
+        self.features = features
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module during a recorded pass.
+
+    Attributes:
+        nth: which of its calls, from 0.
+        begin, end: moments, counted in entries and exits.
+        parent: the call inside which it happened.
+        key: where its output lies, if that is one tensor.
+        shape: of it.
+        template: shapes of the output, from which an empty one can be made; None where it is something else.
+        depends: whether the output depends on the image.
+    """
+
+    module: nn.Module
+    nth: int
+    begin: int
+    parent: _Call | None
+    end: int = -1
+    key: tuple[Any, ...] | None = None
+    shape: tuple[int, ...] = ()
+    template: Any = None
+    depends: bool = False
+
+
+@dataclass(eq=False)
+class Split:
+    """A captioner in two parts, made of one.
+
+    Attributes:
+        run: the whole.
+        module: whose output is the feature map.
+        name: its path.
+        nth: which of its calls.
+        image_shape: (C, H, W) of the images it was found with.
+        before: per module that runs before and is left out, what its calls returned.
+        batch: how many images it was found with.
+    """
+
+    run: Run
+    module: nn.Module
+    name: str
+    nth: int
+    image_shape: tuple[int, ...]
+    batch: int
+    before: Mapping[nn.Module, list[Any]] = field(default_factory=dict)
+
+    def encode(self, images: Tensor, captions: Tensor) -> Tensor:
+        """(B, C, H, W) images -> (B, F, h, w). The captions are fed where a decoder runs before its CNN."""
+        calls = 0
+
+        def reach(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            output = original(*args, **kwargs)
+            calls += 1
+            if calls > self.nth:
+                raise _Reached(output)
+            return output
+
+        try:
+            with replaced({self.module: reach}):
+                self.run(images, captions)
+        except _Reached as reached:
+            features: Tensor = reached.features
+            return features
+        raise CaptionerError(f"{self.name} did not run on images {tuple(images.shape)}, though it did before")
+
+    def decode(self, features: Tensor, captions: Tensor) -> Any:
+        """What the whole returns when its feature map is this one."""
+        calls: dict[nn.Module, int] = dict.fromkeys([*self.before, self.module], 0)
+
+        def stand_in(module: nn.Module) -> Callable[..., Any]:
+            known = self.before.get(module, [])
+            last = len(known) if self.before else self.nth
+
+            def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                number = calls[module]
+                calls[module] += 1
+                if number < len(known):
+                    return _empty(known[number], features, self.batch)
+                if module is self.module and number == last:
+                    return features.clone()  # the captioner may write on it
+                return original(*args, **kwargs)
+
+            return forward
+
+        shape = (len(features), *self.image_shape)
+        # Nobody reads it, unless the CNN runs for want of a better way.
+        images = features.new_zeros(()).expand(shape) if self.before else features.new_zeros(shape)
+        with replaced({module: stand_in(module) for module in calls}):
+            return self.run(images, captions)
+
+    def __str__(self) -> str:
+        return f"feature map: output of {self.name}"
+
+
+def find_split(
+    run: Run,
+    images: Tensor,
+    captions: Tensor,
+    reading: Reading,
+    names: Mapping[int, str],
+    named: str | nn.Module | None = None,
+) -> Split:
+    """Finds the feature map and checks that both parts together give what the whole gives.
+
+    Args:
+        run: the captioner.
+        images: (B, C, H, W) to try it with.
+        captions: (B, T) likewise.
+        reading: where its logits are.
+        names: paths of modules, by their ids.
+        named: the module whose output is the feature map, or its path; None: found.
+
+    Raises:
+        CaptionerError: there is no such module, or the logits depend on the image in other ways too.
+    """
+    calls, trace, image, target = _record(run, images, captions, reading)
+    batch, fed = captions.shape
+    with torch.no_grad():
+        whole = reading(run(images, captions), batch, fed)
+    tried: list[str] = []
+    for call in _candidates(calls, trace, image, target, names, named):
+        name = names.get(id(call.module)) or type(call.module).__name__
+        nth = call.nth
+        for before in (_left_out(calls, call), {}):
+            split = Split(run, call.module, name, nth, tuple(images.shape[1:]), batch, before)
+            if _same(split, images, captions, reading, whole):
+                return split
+        tried.append(name)
+    if named is not None:
+        raise CaptionerError(
+            f"features={tried[0] if isinstance(named, nn.Module) else named!r}: with its output put in by hand the "
+            "captioner says something else: the image reaches the words by other ways too. Name a module that all of "
+            "them pass, or give encode= and decode="
+        )
+    if not calls:
+        raise CaptionerError(f"no module ran, so no feature map can be found: {REMEDY}")
+    raise CaptionerError(
+        "no feature map found: no module's output is a (B, F, h, w) map with several positions that every path from "
+        f"the image to the words passes{' and stands in for it' if tried else ''}; {REMEDY}"
+    )
+
+
+@torch.no_grad()
+def _same(split: Split, images: Tensor, captions: Tensor, reading: Reading, whole: Tensor) -> bool:
+    """Whether decoding the encoded images gives what the whole gave, also in another batch."""
+    batch, fed = captions.shape
+    tolerance = 1e-5 * float(whole.abs().amax().clamp_min(1e-6))
+    other = [*range(batch), 0]
+    try:
+        features = split.encode(images, captions)
+        once = reading(split.decode(features, captions), batch, fed)
+        more = reading(split.decode(features[other], captions[other]), batch + 1, fed)
+    except Exception:
+        return False  # the next way is slower and surer
+    return all(
+        part.shape == wanted.shape and bool(((part - wanted).abs() <= tolerance).all())
+        for part, wanted in ((once, whole), (more, whole[other]))
+    )
+
+
+def _candidates(
+    calls: list[_Call],
+    trace: Trace,
+    image: Slot,
+    target: Slot,
+    names: Mapping[int, str],
+    named: str | nn.Module | None,
+) -> Iterator[_Call]:
+    if named is not None:
+        yield _by_name(calls, names, named)
+        return
+    if not target.value.variable:
+        raise CaptionerError(
+            "the logits do not depend on the image: check that what is called uses it (and computes with torch)"
+        )
+    outermost: dict[tuple[Any, ...], _Call] = {}
+    for call in calls:
+        if call.key is not None:
+            outermost.setdefault(call.key, call)  # calls are in the order of their beginnings
+    planes = _planes(trace, image)
+    rejected: set[tuple[Any, ...]] = set()
+    while True:
+        slot = find_feature_map(
+            trace,
+            image,
+            target,
+            lambda s: (s.value, s.shape) in planes and _key(s) in outermost and _key(s) not in rejected,
+        )
+        if slot is None:
+            return
+        rejected.add(_key(slot))
+        yield outermost[_key(slot)]
+
+
+def _by_name(calls: list[_Call], names: Mapping[int, str], named: str | nn.Module) -> _Call:
+    ran = [c for c in calls if c.module is named or (isinstance(named, str) and names.get(id(c.module)) == named)]
+    if not ran:
+        maps = [names.get(id(c.module)) for c in calls if len(c.shape) == 4 and c.shape[2] * c.shape[3] > 1]
+        shown = ", ".join(dict.fromkeys(name for name in maps[-6:] if name))
+        known = isinstance(named, nn.Module) or named in names.values()
+        raise CaptionerError(
+            f"features={named if isinstance(named, str) else type(named).__name__!r}: "
+            f"{'that module does not run' if known else 'there is no such module'}; the last that give maps are {shown}"
+        )
+    if len(ran[-1].shape) != 4:
+        what = f"of shape {ran[-1].shape}" if ran[-1].shape else "that is no tensor"
+        raise CaptionerError(
+            f"features={names.get(id(ran[-1].module), '')!r}: its output must be a (B, F, h, w) map, not one {what}"
+        )
+    return ran[-1]
+
+
+def _left_out(calls: list[_Call], feature: _Call) -> dict[nn.Module, list[Any]]:
+    """The outermost calls that end before the feature map's begins and depend on the image: they feed only it."""
+    result: dict[nn.Module, list[Any]] = {}
+    out: set[_Call] = set()
+    for call in calls:
+        if call.parent in out:
+            out.add(call)
+        elif -1 < call.end < feature.begin and call.depends and call.template is not None:
+            out.add(call)
+            result.setdefault(call.module, []).append(call.template)
+    result.setdefault(feature.module, [])
+    return result
+
+
+def _record(run: Run, images: Tensor, captions: Tensor, reading: Reading) -> tuple[list[_Call], Trace, Slot, Slot]:
+    calls: list[_Call] = []
+    with Trace() as trace, _calls_into(calls, trace):
+        images = images.clone()
+        image = trace.slot(trace.watch("image", images))
+        target = trace.slot(reading.tensor(run(images, captions)))
+    return calls, trace, image, target
+
+
+@contextmanager
+def _calls_into(calls: list[_Call], trace: Trace) -> Iterator[None]:
+    open_calls: list[_Call] = []
+    moment = 0
+    count: dict[nn.Module, int] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        nonlocal moment
+        moment += 1
+        number = count[module] = count.get(module, -1) + 1
+        call = _Call(module, number, moment, open_calls[-1] if open_calls else None)
+        calls.append(call)
+        open_calls.append(call)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal moment
+        moment += 1
+        while open_calls and open_calls[-1].module is not module:
+            open_calls.pop()  # it ended with an exception that somebody caught
+        if open_calls:
+            call = open_calls.pop()
+            call.end = moment
+            call.template = _template(output)
+            call.depends = any(trace.slot(tensor).value.variable for tensor in tensors_in(output))
+            if isinstance(output, Tensor):
+                call.key, call.shape = _key(trace.slot(output)), tuple(output.shape)
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _key(slot: Slot) -> tuple[Any, ...]:
+    return slot.value, slot.shape, slot.stride, slot.offset
+
+
+# Operations whose four-dimensional outputs are channels x rows x columns. Others that keep the shape of such a tensor
+# keep that meaning; a linear layer over permuted axes does not.
+_SPATIAL = ("conv", "_convolution", "pool", "upsample", "batch_norm", "group_norm", "instance_norm", "pixel_", "pad")
+
+
+def _planes(trace: Trace, image: Slot) -> set[tuple[Any, tuple[int, ...]]]:
+    planes = {(image.value, image.shape)}
+    for operation in trace.operations:
+        inputs = [slot for slot in operation.inputs() if len(slot.shape) == 4]
+        spatial = any(part in operation.name for part in _SPATIAL)
+        whole = operation.name == "cat" and operation.argument(1, "dim", 0) in (1, -3)
+        if whole:
+            whole = all((slot.value, slot.shape) in planes for slot in inputs)
+        for slot in operation.outputs:
+            if slot is not None and len(slot.shape) == 4:
+                kept = any(s.shape == slot.shape and (s.value, s.shape) in planes for s in inputs)
+                if spatial or whole or kept:
+                    planes.add((slot.value, slot.shape))
+    return planes
+
+
+def _template(output: Any) -> Any:
+    """Shapes and types of tensors in tuples, lists and dictionaries; None where there is something else."""
+    if isinstance(output, Tensor):
+        return tuple(output.shape), output.dtype
+    if type(output) in (list, tuple):
+        inner = [_template(item) for item in output]
+        return None if None in inner else type(output)(inner) if output else None
+    if type(output) is dict:
+        named = {key: _template(value) for key, value in output.items()}
+        return None if None in named.values() else named
+    return None
+
+
+def _empty(template: Any, features: Tensor, batch: int) -> Any:
+    """Zeros as a template says, for the batch of the features."""
+    if isinstance(template, dict):
+        return {key: _empty(value, features, batch) for key, value in template.items()}
+    if isinstance(template, tuple) and len(template) == 2 and isinstance(template[1], torch.dtype):
+        shape, dtype = template
+        if shape and shape[0] % batch == 0:
+            shape = (shape[0] // batch * len(features), *shape[1:])
+        return torch.zeros((), dtype=dtype, device=features.device).expand(shape)
+    return type(template)(_empty(item, features, batch) for item in template)
