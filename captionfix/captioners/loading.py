@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from captionfix.captioners.captioner import Captioner
     from captionfix.captioners.models import CaptionerModel
+    from captionfix.captioners.module import ModuleCaptioner
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
@@ -46,31 +47,75 @@ def bundled() -> dict[str, Path]:
     return found
 
 
-def load(source: str | Path, device: str | torch.device | None = None) -> Captioner:
+def load(
+    source: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    vocabulary: str | Path | None = None,
+    cnn: str | Path | None = None,
+) -> Captioner:
     """A captioner, ready for use: in eval mode, computing in float32.
 
     Args:
-        source: the name of a bundled captioner ("scenes", "photos", ...), a folder, or (if it is neither) the id of a
-            repository on the Hugging Face hub that holds such a folder.
+        source: the name of a bundled captioner ("scenes", "photos", ...); a folder that holds one, or the files of a
+            published checkpoint (``docs/checkpoints.md``); a published checkpoint's file; or (if it is none of these)
+            the id of a repository on the Hugging Face hub that holds a captioner of captionfix.
         device: where the weights go; None is the CPU.
+        vocabulary: of a checkpoint that is given as a file: its vocabulary, or its infos.
+        cnn: of a checkpoint that is given as a file: the CNN's or encoder's file, where that is another.
 
     Raises:
-        CaptionerError: there is no such captioner, its files are missing or damaged, it is another kind of model, or
-            its weights are not all finite.
+        CaptionerError: there is no such captioner, its files are missing, damaged or not of one training, it is
+            another kind of model, or its weights are not all finite.
     """
-    folders = bundled()
-    if str(source) in folders:
-        return _read(folders[str(source)], str(source), device)
     path = Path(source).expanduser()
+    apart = [Path(file).expanduser() for file in (cnn, vocabulary) if file is not None]
+    folders = bundled()
+    if str(source) in folders and not apart:
+        return _read(folders[str(source)], str(source), device)
+    if apart or path.is_file() or _index(path).is_file():
+        return _published_files([path if path.is_file() else _index(path), *apart], device)
     if path.is_dir():
-        return _read(path, path.resolve().name, device)
-    if path.exists():
-        raise CaptionerError(f"{source} is a file; give the folder that holds a captioner ({', '.join(FILES)})")
+        return _published_folder(path, device) or _read(path, path.resolve().name, device)
     name = str(source)
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(folders) or "the bundled ones (none here)"
         raise CaptionerError(f"no captioner {source}: it is neither a folder nor one of {known}")
     return _read(_download(name, list(folders)), name, device)
+
+
+def _index(path: Path) -> Path:
+    """What lies beside the data of a TensorFlow checkpoint, whose name is given without either's ending."""
+    return path.with_name(f"{path.name}.index") if path.name else path
+
+
+def _published_files(paths: list[Path], device: str | torch.device | None) -> Captioner:
+    from captionfix.captioners.published import open_files
+
+    first = paths[0]
+    shown = first.with_suffix("") if first.suffix == ".index" and not first.is_file() else first
+    if shown.is_dir():
+        raise CaptionerError(f"{shown} is a folder; give its files, or put all of them into it and give it alone")
+    for path in (shown, *paths[1:]):
+        if not path.is_file():
+            raise CaptionerError(f"there is no file {path}")
+    return _placed(open_files(paths), device)
+
+
+def _published_folder(folder: Path, device: str | torch.device | None) -> Captioner | None:
+    """Somebody else's captioner; None where the folder is one of captionfix, or of nobody."""
+    from captionfix.captioners.published import open_folder
+
+    if any((folder / file).is_file() for file in FILES):
+        return None
+    captioner = open_folder(folder)
+    return None if captioner is None else _placed(captioner, device)
+
+
+def _placed(captioner: ModuleCaptioner, device: str | torch.device | None) -> Captioner:
+    if device is not None:
+        captioner.model.to(device)
+    return captioner
 
 
 def _download(name: str, known: list[str]) -> Path:
