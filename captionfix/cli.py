@@ -1,4 +1,4 @@
-"""The command line: ``captionfix demo``, ``captionfix explain``, ``captionfix train``."""
+"""The command line: ``captionfix demo``, ``captionfix explain``, ``captionfix classify``, ``captionfix train``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import captionfix
+from captionfix.classify_cli import classify
 from captionfix.errors import CaptionerError, CaptionError, CaptionfixError, ImageError, OutputError, PolicyError
 from captionfix.train_cli import app as train_app
 
@@ -154,6 +155,9 @@ def explain_command(
         raise typer.Exit(FAILED)
 
 
+app.command()(classify)
+
+
 def _samples() -> Iterator[tuple[str, str, Image.Image]]:
     """Folder, captioner and picture: one generated, one that matplotlib ships (a public-domain portrait)."""
     from matplotlib.cbook import get_sample_data
@@ -167,16 +171,21 @@ def _samples() -> Iterator[tuple[str, str, Image.Image]]:
 
 
 def _load(name: str, device: str) -> Captioner:
-    import torch
-
     from captionfix.captioners.loading import load
+
+    check_device(device)
+    return load(name, device)
+
+
+def check_device(device: str) -> None:
+    """Raises CaptionerError where torch can't compute on it."""
+    import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CaptionerError(f"can't compute on {device!r}: {reason}; --device cpu always works") from error
-    return load(name, device)
 
 
 def _write(result: Explanation, place: Path, options: dict[str, Any]) -> Path:

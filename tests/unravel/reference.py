@@ -24,6 +24,7 @@ class Rules:
 
     paper: bool = False
     centre: bool = False
+    released: bool = False  # the authors' code: stride * position, and one contributor at the flattened map
     sums: int | None = None
     convolutions: int | None = None
     opposed: bool = False  # a neuron without agreement goes to the least opposed input
@@ -105,7 +106,8 @@ def _step(
             (first, (row, k), float(x[row, k] * o["weight"][unit, k]), float(o["weight"][unit, k]))
             for k in range(x.shape[1])
         ]
-        return _split(terms, d, None if rules.paper else rules.sums, rules)
+        keep = None if rules.paper else rules.sums
+        return _split(terms, d, 1 if rules.released and nodes[first].kind == "flatten" else keep, rules)
     if node.kind == "mean":
         row, channel = at
         terms = [
@@ -187,6 +189,11 @@ def _convolution(
     # Algorithm 1: the feature with the largest summed contribution, then the location inside it
     best = max(window, key=lambda c: sum(t[2] for t in window[c].values()) * d)
     total = sum(t[2] for t in window[best].values()) * d
+    if rules.released:
+        place = (row, first + best, i * o["stride"][0], j * o["stride"][1])
+        if total <= 0 or place[2] >= x.shape[2] or place[3] >= x.shape[3]:
+            return []
+        return [(source, place, 1 if float(x[place]) >= 0 else -1, 1.0)]
     if rules.centre:
         middle = window[best].get((weight.shape[2] // 2, weight.shape[3] // 2))
         if middle is None or not (total > 0 or rules.opposed):

@@ -15,6 +15,7 @@ PAPER = {"sums": 1, "convolutions": 1, "neurons": None, "winner": True, "linear"
 COMPARED = {
     "paper": (POLICIES["paper"], Rules(paper=True)),
     "paper, centre": (Policy(**PAPER, location="centre"), Rules(paper=True, centre=True)),
+    "released": (POLICIES["released"], Rules(paper=True, released=True)),
     "paper, opposed": (Policy(**PAPER, opposed="input"), Rules(paper=True, opposed=True)),
     "default": (Policy(neurons=None), Rules(sums=16, convolutions=4)),
     "keep 3 and 2": (Policy(sums=3, convolutions=2, neurons=None), Rules(sums=3, convolutions=2)),
