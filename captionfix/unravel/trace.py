@@ -9,9 +9,10 @@ operation at all), and an in-place write simply begins the storage's next value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,10 @@ class Value:
         previous: the storage's value before that write: what lies in the cells that the producer did not write.
         variable: whether it depends on a watched input.
         read_later: whether a rule of an operation that was recorded so far will want to read it.
+        size: bytes an element.
     """
 
-    __slots__ = ("base", "number", "parameter", "previous", "producer", "read_later", "variable")
+    __slots__ = ("base", "number", "parameter", "previous", "producer", "read_later", "size", "variable")
 
     def __init__(self, number: int, base: Tensor, producer: Operation | None, previous: Value | None, variable: bool):
         self.number = number
@@ -43,6 +45,7 @@ class Value:
         self.previous = previous
         self.variable = variable
         self.read_later = False
+        self.size = base.element_size()
         self.parameter = isinstance(base, nn.Parameter)
 
     def keep(self) -> None:
@@ -58,7 +61,7 @@ class Value:
         return self.base.untyped_storage().nbytes() // self.base.element_size()
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen: that would make recording a third slower
 class Slot:
     """Where a tensor's elements lie: a strided window on a value."""
 
@@ -191,8 +194,7 @@ class Trace(TorchDispatchMode):
         self._path: list[str] = []
         self._contexts: list[Any] = []
 
-    # the block --------------------------------------------------------------------------------------------------
-    # -----------
+    # the block ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Trace:
         inference = torch.inference_mode()
@@ -225,8 +227,7 @@ class Trace(TorchDispatchMode):
             if isinstance(output, Tensor) and id(module) in self._names:
                 self.module_outputs[name] = self.slot(output)
 
-    # what a user of the trace asks
-    # -------------------------------------------------------------------------------------------
+    # what a user of the trace asks ----------------------------------------------------------------------------------
 
     def watch(self, name: str, tensor: Tensor) -> Tensor:
         """Declares an input: what depends on it is recorded, and evidence may end in it."""
@@ -243,42 +244,45 @@ class Trace(TorchDispatchMode):
             value = self._values[key] = Value(len(self._values), tensor, None, None, False)
         return Slot(value, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
-    # recording --------------------------------------------------------------------------------------------------
-    # ---------------
+    # recording ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch.compile is not met in here, and keeping it out would cost as much as recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(returned.alias_info is not None for returned in func._schema.returns):
-            return self._record(func, args, kwargs or {})
+        facts = _facts(func)
+        if facts.aliases:
+            return self._record(func, facts, args, kwargs or {})
         # In here PyTorch leaves out the key under which a view of a parameter is known to require a gradient;
         # matmul asks for that to
         # choose its kernel, so that a linear layer on a non-contiguous sequence would differ in the last bit
         # from what runs unrecorded.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            return self._record(func, args, kwargs or {})
+            return self._record(func, facts, args, kwargs or {})
 
-    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name, rule = op_name(func), find(func)
-        tensors = list(_tensors_in(args)) + list(_tensors_in(tuple(kwargs.values())))
-        variable = any(self._is_variable(t) for t in tensors)
+    def _record(self, func: Any, facts: _Facts, args: Any, kwargs: Any) -> Any:
+        rule = find(func)
+        variable = self._any_variable(args) or (bool(kwargs) and self._any_variable(kwargs.values()))
         if rule is None and variable and is_composite(func):
             with self:  # an operation made of others, and nobody wrote a rule for the whole: record its parts
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        writes = list(_written(func, args, kwargs))
+        writes = list(_written(facts, args, kwargs)) if facts.writes else ()
         if not variable and not any(t.untyped_storage()._cdata in self._values for t in writes):
             return func(*args, **kwargs)
 
+        slots: list[Slot] = []
         operation = Operation(
             func,
-            name,
-            tuple(_to_slot(self, a) for a in args),
-            {k: _to_slot(self, v) for k, v in kwargs.items()},
+            facts.name,
+            tuple([self._to_slot(a, slots) for a in args]),
+            {k: self._to_slot(v, slots) for k, v in kwargs.items()},
             self._path[-1] if self._path else "",
         )
-        reads = rule is None or rule.reads
-        if reads:
-            for slot in operation.inputs():
+        if rule is None or rule.reads:
+            for slot in slots:
                 slot.value.read_later = True
         before: dict[int, Value] = {}
         for tensor in writes:
@@ -290,7 +294,7 @@ class Trace(TorchDispatchMode):
         for value in before.values():
             if not value.read_later:
                 value.base = None
-        known = {t.untyped_storage()._cdata: t.element_size() for t in tensors}
+        read = {slot.value for slot in slots}
         outputs: list[Slot | None] = []
         fresh: dict[int, Value] = {}
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -298,8 +302,9 @@ class Trace(TorchDispatchMode):
                 outputs.append(None)
                 continue
             key = tensor.untyped_storage()._cdata
-            if key in known and key not in before:  # a view: no new value
-                if tensor.element_size() != known[key]:
+            known = self._values.get(key)
+            if known in read and key not in before:  # a view: no new value
+                if known.size != tensor.element_size():
                     raise UnsupportedOperation(
                         f"{operation} reads memory as another type, which the record cannot follow. Put the part "
                         "that needs it into an operation of your own (torch.library.custom_op) and register a rule for "
@@ -308,12 +313,13 @@ class Trace(TorchDispatchMode):
                 outputs.append(None)
                 continue
             if key not in fresh:
+                of_before = before.get(key)
                 fresh[key] = Value(
                     len(self._values) + len(fresh),
                     tensor,
                     operation,
-                    before.get(key),
-                    variable or (key in before and before[key].variable),
+                    of_before,
+                    variable or (of_before is not None and of_before.variable),
                 )
                 self._values[key] = fresh[key]
             outputs.append(Slot(fresh[key], tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
@@ -322,9 +328,39 @@ class Trace(TorchDispatchMode):
             self.operations.append(operation)
         return result
 
-    def _is_variable(self, tensor: Tensor) -> bool:
-        value = self._values.get(tensor.untyped_storage()._cdata)
-        return value is not None and value.variable
+    def _any_variable(self, arguments: Iterable[Any]) -> bool:
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                value = self._values.get(argument.untyped_storage()._cdata)
+                if value is not None and value.variable:
+                    return True
+            elif isinstance(argument, (list, tuple)) and self._any_variable(argument):
+                return True
+        return False
+
+    def _to_slot(self, argument: Any, slots: list[Slot]) -> Any:
+        """The argument with tensors replaced by their slots, which are added to `slots`."""
+        if isinstance(argument, Tensor):
+            slots.append(self.slot(argument))
+            return slots[-1]
+        if isinstance(argument, (list, tuple)):
+            return [self._to_slot(item, slots) for item in argument]
+        return argument
+
+
+class _Facts(NamedTuple):
+    """What an operation's schema says: its name, whether it returns what it was given, which arguments it writes."""
+
+    name: str
+    aliases: bool
+    writes: tuple[tuple[int, str], ...]
+
+
+@cache
+def _facts(func: Any) -> _Facts:
+    schema = func._schema
+    writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return _Facts(op_name(func), any(r.alias_info is not None for r in schema.returns), tuple(writes))
 
 
 def _tensors_in(arguments: Any) -> Iterator[Tensor]:
@@ -343,23 +379,7 @@ def _slots_in(arguments: Any) -> Iterator[Slot]:
             yield from _slots_in(argument)
 
 
-def _to_slot(trace: Trace, argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return trace.slot(argument)
-    if isinstance(argument, (list, tuple)):
-        return [_to_slot(trace, item) for item in argument]
-    return argument
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+def _written(facts: _Facts, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The arguments that the operation's schema declares as written to."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = (
-                kwargs.get(argument.name)
-                if argument.name in kwargs
-                else args[position]
-                if position < len(args)
-                else None
-            )
-            yield from _tensors_in((given,))
+    for position, name in facts.writes:
+        yield from _tensors_in((args[position] if position < len(args) else kwargs.get(name),))
