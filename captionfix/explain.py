@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -59,6 +62,28 @@ METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Leg]] = {
     "flow": _by_flow,
     "attention": _by_attention,
 }
+WITH_POLICY = {"paper": ("flow", "paper"), "marginal": ("flow", "marginal")}  # a method's name -> first leg, policy
+# Methods of other tools: they live a floor above and are imported when one is asked for.
+OTHERS = "captionfix.evaluate.methods"
+
+Maps = Callable[[Captioner, Tensor, Tensor, Caption], Tensor]
+"""A method that needs no evidence: (captioner, (1, C, H, W) pixels, (1, F, h, w) features, caption of n words) ->
+(n, H, W) maps on the CNN's input, not negative."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method, settled: a first leg and a policy, or another tool's maps."""
+
+    method: str
+    leg: Callable[[Captioner, Tensor, Caption, Flow], Leg] | None = None
+    policy: Policy = field(default_factory=Policy)
+    maps: Maps | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # of maps
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the explanation. A dense map is no set of fixations, so nothing of it is an outlier."""
+        return self.policy.as_dict() if self.maps is None else {**self.options, "outliers": False}
 
 
 @overload
@@ -114,7 +139,9 @@ def explain(
             it and against the words that the captioner finds likely in its place, sum_v p(v) logit(v); a removal's
             drop of log-probability is against them already.
         method: how words depend on the feature map: ``"joined"`` (the default: removal and flow together),
-            ``"removal"``, ``"flow"`` or ``"attention"``.
+            ``"removal"``, ``"flow"`` or ``"attention"``; or a method of other tools, for comparison, such as
+            ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of `captionfix.evaluate.methods`), which makes
+            maps on its own and knows no policy, no image share and no language credits.
         policy: how much evidence is followed: ``"default"``, ``"paper"`` (CNN Fixations as published; its method is
             the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
@@ -126,7 +153,8 @@ def explain(
         ImageError: an image can't be read.
         CaptionError: a caption is empty, too long or has unknown words, or a contrast names a word that is not there.
         CaptionerError: the captioner's output is not finite.
-        PolicyError: no such method or policy, or one that this captioner can't follow.
+        PolicyError: no such method or policy, or one that this captioner can't follow or that needs a package which
+            is not installed.
     """
     several = isinstance(images, (list, tuple))
     pictures = [read_image(image) for image in (images if several else [images])]
@@ -139,51 +167,64 @@ def explain(
             raise CaptionError(f"{len(captions)} captions for {len(pictures)} images: give one for all, or one each")
     if isinstance(contrast, str) and contrast != "alternatives":
         raise CaptionError(f"contrast {contrast!r}: give {{word: other word}}, or 'alternatives'")
-    method, followed = _settings(captioner, method, policy)
+    settings = settle(captioner, method, policy)
+    given = [None if caption is None else captioner.tokenize(caption, unknown) for caption in captions]
     explanations: list[Explanation] = []
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        explanations += _batch(
-            captioner, pictures[part], captions[part], contrast or {}, method, followed, beams, unknown
-        )
+        explanations += explain_ids(captioner, pictures[part], given[part], settings, contrast or {}, beams)
     return explanations if several else explanations[0]
 
 
-def _settings(captioner: Captioner, method: str, policy: Policy | str | Mapping[str, Any]) -> tuple[str, Policy]:
-    chosen = captioner.defaults.get("policy", "default") if policy == "default" else policy
+def settle(
+    captioner: Captioner, method: str = "default", policy: Policy | str | Mapping[str, Any] = "default"
+) -> Settings:
+    """What a method's and a policy's name mean for this captioner.
+
+    Raises:
+        PolicyError: there is no such method or policy, or they do not go together.
+    """
+    if method in WITH_POLICY and policy in ("default", WITH_POLICY[method][1]):
+        method, policy = WITH_POLICY[method]
     if method == "default":
         method = "flow" if policy == "paper" else str(captioner.defaults.get("method", "joined"))
-    if method not in METHODS:
-        raise PolicyError(f"no method is named {method!r}; choose one of {', '.join(METHODS)}")
-    return method, Policy.named(chosen)  # type: ignore[arg-type]
+    if method in METHODS:
+        chosen = captioner.defaults.get("policy", "default") if policy == "default" else policy
+        return Settings(method, METHODS[method], Policy.named(chosen))  # type: ignore[arg-type]
+    maps, options = import_module(OTHERS).resolve(method)
+    if policy != "default":
+        raise PolicyError(f"method {method!r} makes its maps on its own and follows no policy; leave the policy out")
+    return Settings(method, maps=maps, options=options)
 
 
-def _batch(
+def explain_ids(
     captioner: Captioner,
     pictures: Sequence[Image.Image],
-    captions: Sequence[str | None],
-    contrast: Mapping[Any, str] | Literal["alternatives"],
-    method: str,
-    policy: Policy,
-    beams: int,
-    unknown: Literal["error", "map"],
+    captions: Sequence[tuple[int, ...] | None],
+    settings: Settings,
+    contrast: Mapping[Any, str] | Literal["alternatives"] = MappingProxyType({}),
+    beams: int = 3,
 ) -> list[Explanation]:
-    given = [None if caption is None else captioner.tokenize(caption, unknown) for caption in captions]
+    """`explain` for captions that are word ids already (None: the captioner's own), all images in one batch."""
+    given = list(captions)
     prepared = [captioner.prepare(picture) for picture in pictures]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
-    encoded = map_to_pixels.encode(captioner, pixels)
-    if not bool(torch.isfinite(encoded.features).all()):
+    encoded = None if settings.leg is None else map_to_pixels.encode(captioner, pixels)
+    with torch.inference_mode():
+        features = captioner.encode(pixels) if encoded is None else encoded.features
+    if not bool(torch.isfinite(features).all()):
         raise CaptionerError(
             f"captioner {captioner.name!r}: its feature map is not finite; its weights are damaged or too large"
         )
     wanted = [i for i, ids in enumerate(given) if ids is None]
     if wanted:
         with torch.inference_mode():
-            generated = captioner.generate_from(encoded.features[wanted], beams=beams)
+            generated = captioner.generate_from(features[wanted], beams=beams)
         for i, made in zip(wanted, generated, strict=True):
             given[i] = tuple(made)
     words: list[list[Word]] = []
     legs: list[Leg] = []
+    masses: list[Tensor] = []
     owner: list[int] = []
     for i, ids in enumerate(given):
         assert ids is not None
@@ -192,29 +233,43 @@ def _batch(
         if not ids:
             words.append([])
             continue
-        features = encoded.features[i : i + 1]
-        found = flow(captioner, features, caption, policy, "alternatives" if isinstance(contrast, str) else "logit")
-        legs.append(METHODS[method](captioner, features, caption, found))
+        mine = features[i : i + 1]
+        found = None
+        if settings.leg is not None:
+            found = flow(
+                captioner, mine, caption, settings.policy, "alternatives" if isinstance(contrast, str) else "logit"
+            )
+            legs.append(settings.leg(captioner, mine, caption, found))
+            at_map = legs[-1].evidence.sum(1)
+        else:
+            assert settings.maps is not None
+            masses.append(settings.maps(captioner, pixels[i : i + 1], mine, caption))
+            at_map = normalised(
+                torch.nn.functional.adaptive_avg_pool2d(masses[-1], (features.shape[2], features.shape[3]))
+            )
         owner += [i] * len(ids)
-        words.append(_words(captioner, caption, found, legs[-1].evidence, image_effect(captioner, features, caption)))
+        words.append(_words(captioner, mine, caption, found, at_map))
     if legs:
+        assert encoded is not None
         mass, _ = map_to_pixels.pixels(
-            encoded, torch.cat([leg.evidence for leg in legs]), policy, torch.tensor(owner, device=pixels.device)
+            encoded,
+            torch.cat([leg.evidence for leg in legs]),
+            settings.policy,
+            torch.tensor(owner, device=pixels.device),
         )
         places = [leg.place for leg in legs if leg.place is not None]
-        if places:
-            mass = map_to_pixels.agreeing(mass, torch.cat(places))
-        points = iter(mass.cpu())
+        masses = [map_to_pixels.agreeing(mass, torch.cat(places)) if places else mass]
+    if masses:
+        points = iter(torch.cat(masses).cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]
-    settings = policy.as_dict()
     return [
         Explanation(
             image=picture,
             words=tuple(each),
             caption=captioner.text(ids or ()),
             captioner=captioner.name,
-            method=method,
-            policy=settings,
+            method=settings.method,
+            policy=settings.as_dict(),
             window=p.window,
             grid=(pixels.shape[3], pixels.shape[2]),
         )
@@ -239,10 +294,14 @@ def _contrasts(captioner: Captioner, ids: Sequence[int], contrast: Mapping[Any, 
     return tuple(result)
 
 
-def _words(captioner: Captioner, caption: Caption, found: Flow, at_map: Tensor, effect: Tensor) -> list[Word]:
+def _words(captioner: Captioner, features: Tensor, caption: Caption, found: Flow | None, at_map: Tensor) -> list[Word]:
     """What is known of each word before its pixels are."""
     vocabulary = captioner.vocabulary
-    probability = found.logits.softmax(-1)
+    if found is None:
+        with torch.inference_mode():
+            probability = captioner.decode(features, caption.inputs(features.device))[0].softmax(-1)
+    else:
+        probability = found.logits.softmax(-1)
     if not bool(torch.isfinite(probability).all()):
         raise CaptionerError(
             f"captioner {captioner.name!r}: its output is not finite; its weights are damaged or too large"
@@ -251,8 +310,12 @@ def _words(captioner: Captioner, caption: Caption, found: Flow, at_map: Tensor, 
     texts = [vocabulary.word(i) for i in caption.ids]
     earlier = ["<start>", *texts]
     contrast = caption.contrast or (None,) * len(texts)
-    maps = at_map.sum(1).float().cpu().numpy()
-    share, other, tokens = found.image_share.tolist(), found.other.tolist(), found.tokens.tolist()
+    maps = at_map.float().cpu().numpy()
+    effect = image_effect(captioner, features, caption)
+    shares, others, tokens = [math.nan] * len(texts), [math.nan] * len(texts), None
+    if found is not None:
+        shares, tokens = found.image_share.clamp_max(1).tolist(), found.tokens.tolist()
+        others = found.other.clamp_min(0).tolist()
     result = []
     for k, text in enumerate(texts):
         against = contrast[k]
@@ -264,9 +327,9 @@ def _words(captioner: Captioner, caption: Caption, found: Flow, at_map: Tensor, 
                 probability=float(probability[k, caption.ids[k]]),
                 fixations=np.zeros((0, 3), np.float32),
                 feature_map=maps[k],
-                image_share=min(share[k], 1.0),
-                language=tuple((earlier[t], tokens[k][t]) for t in range(k + 1)),
-                other=max(other[k], 0.0),
+                image_share=shares[k],
+                language=() if tokens is None else tuple((earlier[t], tokens[k][t]) for t in range(k + 1)),
+                other=others[k],
                 image_effect=float(effect[k]),
                 alternatives=tuple(
                     (vocabulary.word(i), p)

@@ -208,8 +208,10 @@ class Explanation:
             if specific:
                 result = maps.specific(self.maps(False, sigma))
             else:
+                outliers = bool(self.policy.get("outliers", True))
                 each = [
-                    maps.density(word.fixations, self.image.size, self.window, self.grid, sigma) for word in self.words
+                    maps.density(word.fixations, self.image.size, self.window, self.grid, sigma, outliers)
+                    for word in self.words
                 ]
                 result = np.stack(each) if each else np.zeros((0, self.grid[1], self.grid[0]), dtype=np.float32)
             result.setflags(write=False)

@@ -68,7 +68,12 @@ def keep(points: NDArray[np.floating], size: tuple[int, int], window: Box, grid:
 
 
 def density(
-    points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int], sigma: float | None = None
+    points: NDArray[np.floating],
+    size: tuple[int, int],
+    window: Box,
+    grid: tuple[int, int],
+    sigma: float | None = None,
+    outliers: bool = True,
 ) -> Floats:
     """A word's smooth map: its fixations without outliers, under a Gaussian.
 
@@ -79,12 +84,13 @@ def density(
         grid: Width and height of the input.
         sigma: The Gaussian's standard deviation as a fraction of the input's width and height; None for ``SIGMA``. 0
             for none.
+        outliers: Whether to drop outliers; a dense map has none.
 
     Returns:
         (grid height, grid width), sum 1 (all 0 without fixations). The Gaussian is reflected at the edges, so that no
         mass is lost.
     """
-    mass = histogram(points[keep(points, size, window, grid)], window, grid)
+    mass = histogram(points[keep(points, size, window, grid)] if outliers else points, window, grid)
     total = mass.sum()
     if total <= 0:
         return np.zeros((grid[1], grid[0]), dtype=np.float32)
