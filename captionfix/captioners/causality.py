@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 Scores = Callable[[Tensor, Tensor], Tensor]  # (B, ...) source and (B, T) tokens -> (B, T', V)
+VARYING = (
+    "two equal calls give different logits: it draws random numbers (dropout outside its modules, a random initial "
+    "state, scheduled sampling) or keeps a state from call to call outside its modules"
+)
+NOT_FINITE = "its logits are not finite: weights that are damaged, or an input on another scale"
+BLIND = "the logits do not depend on the image: check that what is called uses it"
+MIXED = "a caption's logits change with {} of another caption in the batch (a softmax or norm over the batch)"
 
 
 class Unfit(Exception):
@@ -73,22 +80,16 @@ def look(scores: Scores, source: Tensor, tokens: Tensor, other: int, another: in
     """
     plain, again = scores(source, tokens), scores(source, tokens)
     if not bool(torch.isfinite(plain).all()):
-        raise Unfit("its logits are not finite: weights that are damaged, or an input on another scale")
+        raise Unfit(NOT_FINITE)
     scale = float(plain.abs().amax().clamp_min(1e-6))
     if plain.shape != again.shape or float((plain - again).abs().amax()) > 1e-4 * scale:
-        raise Unfit(
-            "two equal calls give different logits: it draws random numbers (dropout outside its modules, a random "
-            "initial state, scheduled sampling) or keeps a state from call to call outside its modules"
-        )
+        raise Unfit(VARYING)
     tolerance = 1e-6 * scale + 10 * float((plain - again).abs().amax())
 
     def changed(new_source: Tensor, new_tokens: Tensor, what: str) -> Tensor:
         difference = (scores(new_source, new_tokens) - plain).abs().amax(-1)
         if float(difference[:1].amax()) > tolerance:
-            raise Unfit(
-                f"a caption's logits change with {what} of another caption in the batch (a softmax or norm over the "
-                "batch, a mixed-up axis)"
-            )
+            raise Unfit(MIXED.format(what))
         return (difference[1] > tolerance).nonzero()[:, 0]
 
     steps: list[int | None] = []
@@ -100,7 +101,7 @@ def look(scores: Scores, source: Tensor, tokens: Tensor, other: int, another: in
     blank = source.clone()
     blank[1] = 0
     if not len(changed(blank, tokens, "the image")):
-        raise Unfit("the logits do not depend on the image")
+        raise Unfit(BLIND)
     return Seen(tuple(steps), plain.shape[1])
 
 

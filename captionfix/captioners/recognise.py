@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captionfix.captioners.attempts import Attempt, line
 from captionfix.captioners.captioner import Captioner, Vocabulary
 from captionfix.captioners.causality import TooShort, Unfit, look, place
-from captionfix.captioners.signatures import Reading, needed, other_widths, readings, shapes
+from captionfix.captioners.signatures import Reading, attention_weights, needed, other_widths, readings, shapes
 from captionfix.captioners.split import Split, find_split
 from captionfix.errors import CaptionerError
 
@@ -49,6 +49,7 @@ class Recognised:
         filler: the id that is fed after the last word, where outputs lack that word's own step otherwise.
         first: the output step that predicts the first word.
         twice: whether one image must be run as two equal ones (a squeezed batch axis).
+        weights: where attention weights over the feature map's cells are, if it returns any.
     """
 
     text: str
@@ -57,6 +58,7 @@ class Recognised:
     filler: int | None = None
     first: int = 0
     twice: bool = False
+    weights: Reading | None = None
 
     def encode(self, images: Tensor, captions: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, F, h, w)."""
@@ -66,21 +68,35 @@ class Recognised:
 
     def decode(self, features: Tensor, tokens: Tensor) -> Tensor:
         """(B, F, h, w) features, (B, T) tokens -> (B, T, V)."""
-        if self.twice and len(tokens) == 1:
-            features, tokens = torch.cat([features, features]), torch.cat([tokens, tokens])
-            return self.steps(features, tokens)[:1, self.first : self.first + tokens.shape[1]]
-        return self.steps(features, tokens)[:, self.first : self.first + tokens.shape[1]]
+        return self._read(self.reading, features, tokens)
+
+    def attention(self, features: Tensor, tokens: Tensor) -> Tensor | None:
+        """(B, F, h, w) features, (B, T) tokens -> (B, T, h, w), or None where it returns no weights."""
+        if self.weights is None:
+            return None
+        return self._read(self.weights, features, tokens).unflatten(2, features.shape[2:])
 
     def steps(self, features: Tensor, tokens: Tensor) -> Tensor:
         """(B, T', V): all output steps."""
-        batch = len(tokens)
-        fed = tokens if self.filler is None else torch.cat([tokens, tokens.new_full((batch, 1), self.filler)], 1)
-        return self.reading(self.parts.decode(features, fed), batch, fed.shape[1])
+        fed = self.fed(tokens)
+        return self.reading(self.parts.decode(features, fed), *fed.shape)
+
+    def fed(self, tokens: Tensor) -> Tensor:
+        """What the captioner is fed for some tokens."""
+        return tokens if self.filler is None else torch.nn.functional.pad(tokens, (0, 1), value=self.filler)
+
+    def _read(self, reading: Reading, features: Tensor, tokens: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        if self.twice and batch == 1:
+            features, tokens = torch.cat([features, features]), torch.cat([tokens, tokens])
+        fed = self.fed(tokens)
+        return reading(self.parts.decode(features, fed), *fed.shape)[:batch, self.first : self.first + length]
 
     def __str__(self) -> str:
         said = [f"called as {self.text}", str(self.reading), f"first word predicted at output step {self.first}"]
         said += ["a further word is fed after the last"] if self.filler is not None else []
         said += ["a single image is run as two equal ones"] if self.twice else []
+        said += ["attention weights found"] if self.weights is not None else []
         return "; ".join([*said, str(self.parts)])
 
 
@@ -133,10 +149,10 @@ def recognise(attempts: Sequence[Attempt], probe: Probe, model: nn.Module) -> Re
             tried.append((attempt.text, str(problem)))
         except Exception as error:
             tried.append((attempt.text, f"failed with {line(error)}"))
-    raise CaptionerError(_all_failed(tried, model))
+    raise CaptionerError(_all_failed(tried, model, len(probe.vocabulary)))
 
 
-def _all_failed(tried: Sequence[tuple[str, str]], model: nn.Module) -> str:
+def _all_failed(tried: Sequence[tuple[str, str]], model: nn.Module, words: int) -> str:
     reasons: dict[str, list[str]] = {}
     for text, reason in tried:
         reasons.setdefault(reason, []).append(text)
@@ -146,8 +162,13 @@ def _all_failed(tried: Sequence[tuple[str, str]], model: nn.Module) -> str:
     parts = [model, *model.children()]
     alone = dict.fromkeys(n for part in parts for n in _ALONE if callable(getattr(type(part), n, None)))
     hints = []
-    if any("cuda" in reason.lower() for reason in reasons):
+    if any("cuda" in reason.lower() or "nvidia" in reason.lower() for reason in reasons):
         hints.append("its code asks for a GPU by itself (.cuda()): run it where there is one, or use .to(x.device)")
+    rows = max((part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)), default=words)
+    if rows < words:
+        hints.append(
+            f"its embedding has {rows} rows, but the vocabulary has {words} words: they do not belong together"
+        )
     if alone:
         hints.append(
             f"it has {', '.join(f'{n}()' for n in alone)}: if it decodes only there, say how it steps with begin= "
@@ -163,24 +184,24 @@ def _all_failed(tried: Sequence[tuple[str, str]], model: nn.Module) -> str:
 @torch.no_grad()
 def _checked(attempt: Attempt, probe: Probe) -> Recognised:
     images, captions, words = probe.images, probe.captions, len(probe.vocabulary)
-    batch, fed = captions.shape
+    batch, length = captions.shape
     source = images if attempt.encode is None else attempt.encode(images)
     output = attempt.run(source, captions)
-    options = readings(output, batch, fed, words)
+    options = readings(output, batch, length, words)
     if not options:
-        widths = other_widths(output, batch, fed)
+        widths = other_widths(output, batch, length)
         if widths:
             raise Unfit(
                 f"its outputs are for {widths[0]} words, but the vocabulary has {words}: they do not belong together"
             )
         raise Unfit(
-            f"it returned {shapes(output)} for {batch} images and captions of {fed} words: none of that is logits for "
-            f"{words} words at each step"
+            f"it returned {shapes(output)} for {batch} images and captions of {length} words: none of that is logits "
+            f"for {words} words at each step"
         )
     parts = (
         Direct(attempt.encode, attempt.run)
         if attempt.encode is not None
-        else find_split(attempt.run, images, captions, options[0], probe.names, probe.features)
+        else find_split(attempt.run, images, captions, options, probe.names, probe.features)
     )
     features = parts.encode(images, captions)
     problem = Unfit("")
@@ -195,7 +216,10 @@ def _checked(attempt: Attempt, probe: Probe) -> Recognised:
             except Unfit as unfit:
                 problem = unfit
                 break
-            return _alone_too(found, images, features, captions)
+            fed = found.fed(captions)
+            cells = features.shape[2] * features.shape[3]
+            weights = attention_weights(parts.decode(features, fed), reading, batch, fed.shape[1], cells)
+            return replace(_alone_too(found, images, features, captions), weights=weights)
     raise problem
 
 

@@ -221,6 +221,23 @@ def readings(output: Any, batch: int, fed: int, words: int) -> list[Reading]:
     return result
 
 
+def attention_weights(output: Any, logits: Reading, batch: int, fed: int, cells: int) -> Reading | None:
+    """Where attention weights over the feature map's cells are in what was returned: tensors of one weight a cell for
+    each output step, which sum to 1. None where there are none.
+    """
+    steps = fed + logits.more
+    for path, tensor in _leaves(output, batch):
+        if path == logits.place or not tensor.is_floating_point() or tensor.numel() != batch * steps * cells:
+            continue
+        for layout in ("batch first", "batch second"):
+            expected = _LAYOUTS[layout][0](batch, steps, cells)
+            if tuple(tensor.shape[:2]) == expected[:2] and tensor.dim() in (3, 4):
+                table = tensor.reshape(expected)
+                if bool((table >= 0).all()) and bool(((table.sum(-1) - 1).abs() < 1e-3).all()):
+                    return Reading(path, layout, logits.more, cells, logits.order)
+    return None
+
+
 def shapes(output: Any) -> str:
     """What was returned, for messages."""
     seen = [str(tuple(tensor.shape)) for _, tensor in _leaves(output, 0)]

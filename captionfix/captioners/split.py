@@ -6,7 +6,7 @@ captioner then runs on feature maps that it is given, its code unchanged, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from captionfix.captioners.calm import replaced, tensors_in
+from captionfix.captioners.causality import BLIND, MIXED, NOT_FINITE, VARYING, Unfit
 from captionfix.captioners.signatures import Reading
 from captionfix.errors import CaptionerError
 from captionfix.unravel import Slot, Trace, find_feature_map
@@ -121,8 +122,7 @@ class Split:
             return forward
 
         shape = (len(features), *self.image_shape)
-        # Nobody reads it, unless the CNN runs for want of a better way.
-        images = features.new_zeros(()).expand(shape) if self.before else features.new_zeros(shape)
+        images = features.new_zeros(shape)  # nobody reads it, unless the CNN runs for want of a better way
         with replaced({module: stand_in(module) for module in calls}):
             return self.run(images, captions)
 
@@ -134,7 +134,7 @@ def find_split(
     run: Run,
     images: Tensor,
     captions: Tensor,
-    reading: Reading,
+    options: Sequence[Reading],
     names: Mapping[int, str],
     named: str | nn.Module | None = None,
 ) -> Split:
@@ -144,24 +144,31 @@ def find_split(
         run: the captioner.
         images: (B, C, H, W) to try it with.
         captions: (B, T) likewise.
-        reading: where its logits are.
+        options: where its logits are, and in which layouts they may be.
         names: paths of modules, by their ids.
         named: the module whose output is the feature map, or its path; None: found.
 
     Raises:
         CaptionerError: there is no such module, or the logits depend on the image in other ways too.
+        Unfit: what comes out is not finite, differs between two equal calls or with another batch, or does not depend
+            on the image.
     """
-    calls, trace, image, target = _record(run, images, captions, reading)
+    reading = options[0]
+    calls, trace, image, target, recorded = _record(run, images, captions, reading)
     batch, fed = captions.shape
     with torch.no_grad():
         whole = reading(run(images, captions), batch, fed)
+    if not bool(torch.isfinite(whole).all()):
+        raise Unfit(NOT_FINITE)
+    if recorded.shape != whole.shape or not bool(((recorded - whole).abs() <= 1e-4 * whole.abs().amax()).all()):
+        raise Unfit(VARYING)
     tried: list[str] = []
     for call in _candidates(calls, trace, image, target, names, named):
         name = names.get(id(call.module)) or type(call.module).__name__
         nth = call.nth
         for before in (_left_out(calls, call), {}):
             split = Split(run, call.module, name, nth, tuple(images.shape[1:]), batch, before)
-            if _same(split, images, captions, reading, whole):
+            if _same(split, images, captions, options, whole):
                 return split
         tried.append(name)
     if named is not None:
@@ -170,6 +177,7 @@ def find_split(
             "captioner says something else: the image reaches the words by other ways too. Name a module that all of "
             "them pass, or give encode= and decode="
         )
+    _explain_failure(run, images, captions, options)
     if not calls:
         raise CaptionerError(f"no module ran, so no feature map can be found: {REMEDY}")
     raise CaptionerError(
@@ -179,21 +187,37 @@ def find_split(
 
 
 @torch.no_grad()
-def _same(split: Split, images: Tensor, captions: Tensor, reading: Reading, whole: Tensor) -> bool:
+def _explain_failure(run: Run, images: Tensor, captions: Tensor, options: Sequence[Reading]) -> None:
+    """Finds what else is wrong where no feature map is found."""
+    batch, fed = captions.shape
+    other = [*range(batch), 0]
+    once, blank = run(images, captions), run(torch.zeros_like(images), captions)
+    if _close(options[0](blank, batch, fed), options[0](once, batch, fed)):
+        raise Unfit(BLIND)
+    more = run(images[other], captions[other])
+    if not any(_close(reading(more, batch + 1, fed), reading(once, batch, fed)[other]) for reading in options):
+        raise Unfit(MIXED.format("image and words"))
+
+
+def _close(part: Tensor, wanted: Tensor) -> bool:
+    tolerance = 1e-5 * float(wanted.abs().amax().clamp_min(1e-6))
+    return part.shape == wanted.shape and bool(((part - wanted).abs() <= tolerance).all())
+
+
+@torch.no_grad()
+def _same(split: Split, images: Tensor, captions: Tensor, options: Sequence[Reading], whole: Tensor) -> bool:
     """Whether decoding the encoded images gives what the whole gave, also in another batch."""
     batch, fed = captions.shape
-    tolerance = 1e-5 * float(whole.abs().amax().clamp_min(1e-6))
     other = [*range(batch), 0]
     try:
         features = split.encode(images, captions)
-        once = reading(split.decode(features, captions), batch, fed)
-        more = reading(split.decode(features[other], captions[other]), batch + 1, fed)
+        once = split.decode(features, captions)
+        more = split.decode(features[other], captions[other])
+        return _close(options[0](once, batch, fed), whole) and any(
+            _close(reading(more, batch + 1, fed), reading(once, batch, fed)[other]) for reading in options
+        )
     except Exception:
         return False  # the next way is slower and surer
-    return all(
-        part.shape == wanted.shape and bool(((part - wanted).abs() <= tolerance).all())
-        for part, wanted in ((once, whole), (more, whole[other]))
-    )
 
 
 def _candidates(
@@ -208,9 +232,7 @@ def _candidates(
         yield _by_name(calls, names, named)
         return
     if not target.value.variable:
-        raise CaptionerError(
-            "the logits do not depend on the image: check that what is called uses it (and computes with torch)"
-        )
+        raise Unfit(BLIND)
     outermost: dict[tuple[Any, ...], _Call] = {}
     for call in calls:
         if call.key is not None:
@@ -262,13 +284,16 @@ def _left_out(calls: list[_Call], feature: _Call) -> dict[nn.Module, list[Any]]:
     return result
 
 
-def _record(run: Run, images: Tensor, captions: Tensor, reading: Reading) -> tuple[list[_Call], Trace, Slot, Slot]:
+def _record(
+    run: Run, images: Tensor, captions: Tensor, reading: Reading
+) -> tuple[list[_Call], Trace, Slot, Slot, Tensor]:
     calls: list[_Call] = []
     with Trace() as trace, _calls_into(calls, trace):
         images = images.clone()
         image = trace.slot(trace.watch("image", images))
-        target = trace.slot(reading.tensor(run(images, captions)))
-    return calls, trace, image, target
+        output = run(images, captions)
+        target = trace.slot(reading.tensor(output))
+    return calls, trace, image, target, reading(output, *captions.shape)
 
 
 @contextmanager
@@ -352,5 +377,5 @@ def _empty(template: Any, features: Tensor, batch: int) -> Any:
         shape, dtype = template
         if shape and shape[0] % batch == 0:
             shape = (shape[0] // batch * len(features), *shape[1:])
-        return torch.zeros((), dtype=dtype, device=features.device).expand(shape)
+        return torch.zeros(shape, dtype=dtype, device=features.device)
     return type(template)(_empty(item, features, batch) for item in template)

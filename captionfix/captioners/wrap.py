@@ -75,7 +75,8 @@ def wrap(
         step: ``(state, tokens (B,)) -> (logits (B, V) of the next word, next state)``.
         own: the captioner's own decoding, ``images (1, C, H, W) -> word ids`` (or words), greedy: compared on probe
             images with what captionfix decodes.
-        attention: ``(features, tokens) -> (B, T, h, w)`` attention weights, for `explain`'s method of that name.
+        attention: ``(features, tokens) -> (B, T, h, w)`` attention weights, for `explain`'s method of that name. None:
+            those that the captioner returns beside its logits, if there is one a cell of the feature map.
         start: the word that begins captions, or its id; None: found by its usual name (``<start>``, ``<s>``, ...).
         end: the same of the word that ends them.
         pad: the same of the word that fills them up; there may be none.
@@ -96,7 +97,7 @@ def wrap(
             tried and which argument to give.
     """
     known = read_vocabulary(vocabulary, start, end, pad, unknown)
-    is_module = isinstance(model, (nn.Module, Sequence, Mapping))
+    is_module = isinstance(model, (nn.Module, Sequence, Mapping)) and not isinstance(model, str)
     if not is_module and not callable(model):
         raise CaptionerError(f"wrap takes a module, a pair of modules or a function, not a {type(model).__name__}")
     if not is_module and logits is None and decode is None and step is None:
@@ -122,7 +123,7 @@ def wrap(
             prepare,
             name=name,
             max_words=max_words,
-            attention=None if attention is None else calm.around(attention),
+            attention=found.attention if attention is None else calm.around(attention),
             words=words,
             length_power=length_power,
         )

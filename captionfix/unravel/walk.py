@@ -16,6 +16,7 @@ from .evidence import Evidence, join
 from .policy import Policy
 from .registry import RULES, Link, Rule, find
 from .rules.gradient import gradient
+from .rules.layout import constant
 from .trace import Operation, Slot, Trace, Value
 
 
@@ -330,6 +331,9 @@ def find_feature_map(
     from_image: set[Value] = {image.value}
     depending: list[Operation] = []
     for operation in trace.operations:
+        rule = find(operation.func)
+        if rule is not None and rule.function is constant:  # new_zeros of the image's type is no path from it
+            continue
         if any(value in from_image for value in _read_values(operation)):
             from_image.update(slot.value for slot in operation.outputs if slot is not None)
             depending.append(operation)

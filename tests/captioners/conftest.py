@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.captioners.words import SPECIAL, square_processor, word_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))  # families.py
 
 CNN = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
 WORDS = [*SPECIAL, "a", "red", "dog", "runs", "t-shirt", "man's"]

@@ -1,4 +1,4 @@
-"""Operations that multiply and add in one, spelled out: ``self + value * a * b`` and its relatives."""
+"""Operations that multiply and add in one, or multiply by a gate inside, spelled out."""
 
 from __future__ import annotations
 
@@ -47,3 +47,10 @@ def added_product(op: Operation, own: Tensor, a: Tensor, b: Tensor, *, beta: flo
 def addbmm(op: Operation, own: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     product = torch.bmm(a, b).sum(0) * alpha
     return product if beta == 0 else own * beta + product
+
+
+@register_expansion("glu")
+def glu(op: Operation, own: Tensor, dim: int = -1) -> Tensor:
+    """Dauphin et al.'s gated linear unit: one half is the signal, the other its gate."""
+    signal, gate = own.chunk(2, dim)
+    return signal * torch.sigmoid(gate)
