@@ -148,11 +148,12 @@ def as_pixels(made: Any) -> Tensor:
     Raises:
         CaptionerError: there is none.
     """
-    if isinstance(made, Mapping) or hasattr(made, "pixel_values"):
-        made = made["pixel_values"]
+    if isinstance(made, Mapping):
+        made = made.get("pixel_values")
+    made = getattr(made, "pixel_values", made)
     if isinstance(made, (list, tuple)) and len(made) == 1:
         made = made[0]
-    pixels = torch.from_numpy(made) if isinstance(made, np.ndarray) else made
+    pixels = torch.from_numpy(made.copy()) if isinstance(made, np.ndarray) else made
     if isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels) == 1:
         pixels = pixels[0]
     if not isinstance(pixels, Tensor) or pixels.dim() != 3:
