@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +24,6 @@ from .stacks import as_input, channels_of, is_input, rendered
 from .unravel import Account, Policy, Slot, Trace, find_feature_map, start, walk
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .maps import Box
 
 ALTERNATIVES = 5
@@ -160,7 +159,7 @@ class Found:
 
 def _views(
     cnn: nn.Module, image: Any, preprocess: Callable[[Any], Any] | None, window: Any, crops: int
-) -> tuple[Image.Image, list[Prepared], tuple[int, int]]:
+) -> tuple[PIL.Image.Image, list[Prepared], tuple[int, int]]:
     """The original as a picture, what the network sees of it, and the size of the grid that fixations lie on."""
     channels = channels_of(cnn)
     if preprocess is None and is_input(image, channels):
@@ -180,16 +179,41 @@ def _views(
         box = window(*source.size) if callable(window) else window or (0.0, 0.0, *map(float, source.size))
         return source, [Prepared(pixels, source.size, box)], (pixels.shape[2], pixels.shape[1])
     source = read_image(image)
-    made: Any = IMAGENET if preprocess is None else preprocess
+    made: Any = IMAGENET if preprocess is None else _spelled_out(preprocess)
     if crops == 1:
         view = Preparation(made, window)(source)
         return source, [view], (view.pixels.shape[2], view.pixels.shape[1])
     if not isinstance(made, Preprocess) or made.crop is None:
-        raise PolicyError("crops=10 needs preprocess=Preprocess(resize=..., crop=...) (the default is one)")
+        raise PolicyError(
+            "crops=10 needs preprocess=Preprocess(resize=..., crop=...), as the default is, or torchvision's"
+        )
     return source, *_ten(source, made, made.crop)
 
 
-def _ten(source: Image.Image, preprocess: Preprocess, side: int) -> tuple[list[Prepared], tuple[int, int]]:
+def _spelled_out(transform: Any) -> Any:
+    """torchvision's transform of evaluation (``weights.transforms()``) as one that knows its window exactly and can be
+    cut into ten crops; anything else as it is.
+    """
+    from torchvision.transforms import InterpolationMode
+
+    filters = {
+        InterpolationMode.BILINEAR: PIL.Image.Resampling.BILINEAR,
+        InterpolationMode.BICUBIC: PIL.Image.Resampling.BICUBIC,
+    }
+    if type(transform).__name__ != "ImageClassification" or transform.interpolation not in filters:
+        return transform
+    if len(transform.resize_size) != 1 or len(transform.crop_size) != 1:
+        return transform
+    return Preprocess(
+        resize=transform.resize_size[0],
+        crop=transform.crop_size[0],
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        resample=filters[transform.interpolation],
+    )
+
+
+def _ten(source: PIL.Image.Image, preprocess: Preprocess, side: int) -> tuple[list[Prepared], tuple[int, int]]:
     """The upper left, upper right, lower left, lower right and central crops of the resized picture, upright and then
     mirrored (whose windows are those of their originals), as in Caffe's oversampling.
     """

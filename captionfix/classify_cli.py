@@ -124,7 +124,7 @@ def load_classifier(name: str, weights: str, device: str = "cpu") -> tuple[nn.Mo
         state = read_state(Path(weights))
         model = _built(name, state, weights)
         names = None
-    return model.eval().to(torch.device(device)), _cropped(published.transforms()), names
+    return model.eval().to(torch.device(device)), published.transforms(), names
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -193,23 +193,6 @@ def _built(name: str, state: dict[str, Tensor], path: str) -> nn.Module:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CaptionerError(f"{path}: these are not weights of {name} ({' '.join(lines)[:300]})") from error
     return model
-
-
-def _cropped(transform: Any) -> Callable[[Any], Any]:
-    """torchvision's transform of evaluation as one that also knows its window exactly and can be cropped ten times."""
-    from PIL import Image
-
-    from captionfix.captioners.preprocess import Preprocess
-
-    if len(transform.resize_size) != 1 or len(transform.crop_size) != 1:
-        return transform
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    resample = filters.get(transform.interpolation.value)
-    if resample is None:
-        return transform
-    return Preprocess(
-        transform.resize_size[0], transform.crop_size[0], tuple(transform.mean), tuple(transform.std), resample
-    )
 
 
 def _class(text: str) -> str | int:

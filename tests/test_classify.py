@@ -98,10 +98,10 @@ def test_the_default_preprocessing_is_torchvisions():
     from torchvision.models import ResNet18_Weights
 
     model, picture = net(), squares((310, 250))
-    result = explain_classes(model, picture)
-    pixels = ResNet18_Weights.DEFAULT.transforms()(picture)[None]
-    expected = model.eval()(pixels)[0].softmax(0).max()
-    assert result[0].probability == pytest.approx(float(expected), rel=1e-4)
+    transform = ResNet18_Weights.DEFAULT.transforms()
+    result, pixels = explain_classes(model, picture), transform(picture)[None]
+    expected = model.eval()(pixels)[0].softmax(0).max().detach()
+    assert result[0].probability == pytest.approx(expected.item(), rel=1e-4)
     assert result.grid == (224, 224)
     scale = 250 / 256
     left = round((int(256 * 310 / 250) - 224) / 2)
@@ -109,6 +109,9 @@ def test_the_default_preprocessing_is_torchvisions():
     x, y, _ = result[0].fixations.T
     assert x.min() > result.window[0]
     assert y.max() < result.window[3]
+    given = explain_classes(model, picture, preprocess=transform)
+    assert given.window == result.window
+    np.testing.assert_array_equal(given[0].fixations, result[0].fixations)
 
 
 def test_a_transform_of_ones_own_finds_its_window():
