@@ -78,12 +78,10 @@ class Preparation:
 
     def _look(self, size: tuple[int, int]) -> Box:
         width, height = size
-        along_x = np.broadcast_to(_ramp(width), (height, width))
-        along_y = np.broadcast_to(_ramp(height)[:, None], (height, width))
         black, white = (self._tones(np.full((height, width), tone, np.uint8)) for tone in (0, 255))
-        tones_x, tones_y = self._tones(along_x), self._tones(along_y)
-        for _ in range(2 if self._found else 6):  # a flip that comes half of the time must not slip through
-            again = self._tones(along_x)
+        tones_x, tones_y = self._ramp(size, 1), self._ramp(size, 0)
+        for _ in range(1 if self._found else 6):  # a flip that comes half of the time must not slip through
+            again = self._ramp(size, 1)
             if again.shape != tones_x.shape or not torch.equal(again, tones_x):
                 raise CaptionerError(
                     "preprocess is random: the same image came out differently twice. Use the transform of evaluation "
@@ -96,20 +94,34 @@ class Preparation:
         if not bool(seen.any()):
             raise CaptionerError(f"preprocess gives the same for a black and for a white image. {REMEDY}")
         scale = torch.where(span > 0, white - black, 1)
-        x = ((tones_x - black) / scale).mean(0) * width
-        y = ((tones_y - black) / scale).mean(0) * height
-        x0, x1 = _edges(x, seen, width, 1, "x")
-        y0, y1 = _edges(y, seen, height, 0, "y")
+        edges = []
+        for axis, first in ((1, tones_x), (0, tones_y)):
+            length, name = size[1 - axis], "yx"[axis]
+            found = _edges(((first - black) / scale).mean(0) * length, seen, length, axis, name)
+            # Where one output pixel is about one of the ramp's 255 steps, rounding follows the place: tilt it a little.
+            top = _tilted((found[1] - found[0]) / first.shape[1 + axis] / length)
+            again = ((self._ramp(size, axis, top) - black) / scale).mean(0) * (length * 255 / top)
+            edges.append(_edges(again, seen, length, axis, name))
+        (x0, x1), (y0, y1) = edges
         return x0, y0, x1, y1
+
+    def _ramp(self, size: tuple[int, int], axis: int, top: int = 255) -> Tensor:
+        """What comes out of brightness that rises along an axis, 0 at one edge and `top` at the other."""
+        width, height = size
+        length = size[1 - axis]
+        ramp = np.round((np.arange(length) + 0.5) / length * top).astype(np.uint8)
+        return self._tones(np.broadcast_to(ramp if axis else ramp[:, None], (height, width)))
 
     def _tones(self, grey: np.ndarray[Any, Any]) -> Tensor:
         made = self._run(Image.fromarray(np.ascontiguousarray(np.repeat(grey[..., None], 3, 2))))
         return as_pixels(made).double()
 
 
-def _ramp(length: int) -> np.ndarray[Any, Any]:
-    """Brightness of each place, rising from one edge (0) to the other (255); its value is at the pixel's centre."""
-    return np.round((np.arange(length) + 0.5) / length * 255).astype(np.uint8)
+def _tilted(share: float) -> int:
+    """How high a ramp should rise so that its steps and an output's pixels, each `share` of the length, do not beat."""
+    tops = np.arange(128, 256)
+    part = tops * share % 1
+    return int(tops[np.minimum(abs(part - 0.382), abs(part - 0.618)).argmin()])
 
 
 def _edges(place: Tensor, seen: Tensor, length: int, axis: int, name: str) -> tuple[float, float]:
@@ -135,7 +147,7 @@ def _edges(place: Tensor, seen: Tensor, length: int, axis: int, name: str) -> tu
             f"a warp, or tones that are changed nonlinearly). {REMEDY}"
         )
     first, last = float(found[2]), float(found[2]) + slope * extent
-    near = max(0.5, 0.004 * length)  # an 8-bit ramp tells places apart to about 1/255 of the length
+    near = max(0.5, 0.002 * length)  # what an 8-bit ramp leaves open
     return (
         0.0 if abs(first) < near else first,
         float(length) if abs(last - length) < near else last,
