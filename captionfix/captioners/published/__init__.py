@@ -198,7 +198,7 @@ def _what_is_missing(by_role: dict[str, list[Any]], place: str, trouble: Sequenc
         if present & {"cnn", "inception"}:
             return f"{place} holds a CNN's weights, but no captioner's: add the file of its decoder{because}"
         if trouble:
-            return trouble[0] if len(trouble) == 1 else "; ".join(trouble)
+            return "; ".join(trouble)
         what = " and ".join(_ABOUT[name] for name in sorted(present)) or "weights of an unknown kind"
         return f"{place} holds no captioner that captionfix knows, only {what}; see docs/checkpoints.md"
     likely = max(SOURCES, key=lambda s: (sum(name in present for name in s.roles), -len(s.roles)))

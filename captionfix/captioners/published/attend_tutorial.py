@@ -13,6 +13,7 @@ from captionfix.captioners.published.finish import finished
 from captionfix.captioners.published.parts import Words
 from captionfix.captioners.published.weights import Weights, cell, embedding, linear, same
 from captionfix.captioners.published.words import vocabulary
+from captionfix.errors import CaptionerError
 
 PREPROCESS = Preprocess((256, 256))  # scipy's imresize, which is PIL's bilinear on 8-bit pixels
 GRID = 14  # as published
@@ -23,6 +24,10 @@ def attend_tutorial(encoder: Weights, decoder: Weights, words: Words) -> ModuleC
     cnn = resnet(encoder, "resnet.", NUMBERED)
     encoder.refuse_rest()
     grid = encoder.settings.get("adaptive_pool.output_size", encoder.settings.get("enc_image_size", GRID))
+    if not 1 <= grid <= 64:
+        raise CaptionerError(
+            f"{encoder.path} wants its feature map pooled to {grid} x {grid}, which is no sensible grid"
+        )
     attention = {name: linear(decoder, f"attention.{name}") for name in ("encoder_att", "decoder_att", "full_att")}
     plain = {name: linear(decoder, name) for name in ("init_h", "init_c", "f_beta")}
     embed = embedding(decoder, "embedding")

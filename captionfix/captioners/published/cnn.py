@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 
 import torch
@@ -19,10 +20,11 @@ _BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 
 def blocks(weights: Weights, prefix: str, names: tuple[str, ...]) -> tuple[int, ...]:
     """How many blocks each of a ResNet's four stages has."""
-    return tuple(
-        sum(f"{prefix}{stage}.{i}.conv1.weight" in weights.tensors for i in range(len(weights.tensors)))
-        for stage in names[2:]
-    )
+
+    def count(stage: str) -> int:
+        return next(i for i in itertools.count() if f"{prefix}{stage}.{i}.conv1.weight" not in weights.tensors)
+
+    return tuple(count(stage) for stage in names[2:])
 
 
 def depth(weights: Weights, prefix: str, names: tuple[str, ...]) -> str:

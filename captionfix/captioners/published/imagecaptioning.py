@@ -25,7 +25,7 @@ from captionfix.errors import CaptionerError
 GRID = 14
 FINETUNED = Preprocess((256, 256), 224)
 _TORCHVISION = re.compile(r"^resnet\d+-[0-9a-f]{8}\.")  # as torchvision's downloads are called
-_BOTTOM_UP = re.compile(r"bu_|_bu|cocobu|bottom.?up|box", re.IGNORECASE)
+_BOTTOM_UP = re.compile(r"cocobu|bottom.?up|(^|[_-])bu([_-]|$)", re.IGNORECASE)
 
 
 def imagecaptioning(decoder: Weights, cnn: Weights, infos: Infos) -> ModuleCaptioner:
@@ -67,10 +67,10 @@ def imagecaptioning(decoder: Weights, cnn: Weights, infos: Infos) -> ModuleCapti
 
 def _refuse_other_features(decoder: Weights, infos: Infos) -> None:
     """Features of a detector's boxes have no pixels here to go back to."""
-    place = str(infos.options.get("input_att_dir") or "")
-    if infos.options.get("use_box") or (
-        _BOTTOM_UP.search(Path(place).name) and "att_embed.0.weight" in decoder.tensors
-    ):
+    used = ("input_fc_dir", "input_att_dir") if "ctx2att.weight" in decoder.tensors else ("input_fc_dir",)
+    places = [str(infos.options.get(name) or "") for name in used]
+    place = next((place for place in places if _BOTTOM_UP.search(Path(place).name)), None)
+    if place is not None or infos.options.get("use_box"):
         raise CaptionerError(
             f"{decoder.path} was trained on bottom-up features, of a detector's boxes ({place or 'use_box'}), not on a "
             "ResNet's grid: its evidence can't be followed into pixels"

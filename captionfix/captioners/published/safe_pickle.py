@@ -340,4 +340,8 @@ def plain_tensor(value: Any) -> Tensor | None:
     """A tensor or what stands for a parameter, as a tensor; None for anything else."""
     if isinstance(value, _Parameter):
         value = value.args[0] if value.args else value.state
-    return value.detach() if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CaptionerError(f"a tensor of shape {tuple(value.shape)} only repeats few numbers: these are no weights")
+    return value.detach()

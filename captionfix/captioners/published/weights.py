@@ -60,11 +60,13 @@ def filled(make: Callable[[], Module], state: dict[str, Tensor], path: Path) -> 
     Raises:
         CaptionerError: they do not fit.
     """
-    with torch.device("meta"):  # nothing is drawn or allocated
-        module = make()
     try:
+        with torch.device("meta"):  # nothing is drawn or allocated
+            module = make()
         module.load_state_dict(state, assign=True)
-    except RuntimeError as error:
+    except KeyError as error:
+        raise CaptionerError(f"the tensors in {path} do not fit together: there is no {error}") from error
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         lines = str(error).splitlines()
         raise CaptionerError(
             f"the tensors in {path} do not fit together: {lines[min(1, len(lines) - 1)].strip()}"
