@@ -7,8 +7,8 @@ Run from the repository's root (about ten seconds):
 The published weights themselves can't be had by a program; the files are written by the tests' samples
 (``tests/captioners/published/samples.py``), of the same structure and in small: keys, pickled classes, containers.
 Each is opened by ``captionfix.load`` and compared with a plain reimplementation of its author's code on two images and
-random words. Prints a Markdown table: the largest difference of logits (of log-probabilities where the author's code gives
-these), what the samples' scores span, and the seconds to open.
+random words. Prints a Markdown table: the largest difference of logits (of log-probabilities where the author's code
+gives these), what the samples' scores span, and the seconds to open.
 """
 
 from __future__ import annotations
