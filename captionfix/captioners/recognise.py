@@ -225,8 +225,18 @@ def _checked(attempt: Attempt, probe: Probe) -> Recognised:
 
 def _first(found: Recognised, features: Tensor, captions: Tensor, probe: Probe) -> int:
     words = _ordinary(probe.vocabulary)
-    seen = look(found.steps, features, captions, words[0], words[-1])
-    return place(seen, captions.shape[1], probe.first)
+    # An untrained CNN's features may be so large that its decoder's units are saturated and deaf to words.
+    mild = features / features.square().mean().sqrt().clamp_min(1e-12)
+    problem: Unfit | None = None
+    for source in (features, mild):
+        try:
+            return place(look(found.steps, source, captions, words[0], words[-1]), captions.shape[1], probe.first)
+        except TooShort:
+            raise
+        except Unfit as unfit:
+            problem = problem or unfit
+    assert problem is not None
+    raise problem
 
 
 def _alone_too(found: Recognised, images: Tensor, features: Tensor, captions: Tensor) -> Recognised:

@@ -285,7 +285,7 @@ class UdacityDecoder(nn.Module):
 
 transform = transforms.Compose(
     [
-        transforms.Resize((96, 96)),
+        transforms.Resize((64, 64)),
         transforms.ToTensor(),
         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
@@ -324,10 +324,6 @@ def predicts_start(decoder, start):
         head.bias[start] = 5.0
 
 
-def linear_of(encoder):
-    return encoder.linear if hasattr(encoder, "linear") else encoder.embed
-
-
 def explained(captioner, photograph):
     result = captionfix.explain(captioner, photograph, caption="a red ball", method="joined")
     for word in result:
@@ -357,7 +353,7 @@ def test_pair_with_packed_outputs(photograph):
     with torch.no_grad():
         wanted = decoder(encoder(pixels), tokens, [5])[1:]  # one caption packed is one row a step, the image's first
         torch.testing.assert_close(captioner.logits(pixels, tokens)[0], wanted)
-    assert captioner.encode(pixels).shape == (1, 512, 3, 3)
+    assert captioner.encode(pixels).shape == (1, 512, 2, 2)
     explained(captioner, photograph)
 
 
@@ -375,6 +371,10 @@ def test_attention_decoder_with_lengths(photograph):
         wanted, *_ = decoder(encoder(pixels), torch.tensor([ids]), torch.tensor([[5]]))
         torch.testing.assert_close(captioner.logits(pixels, torch.tensor([ids[:-1]])), wanted)
     assert captioner.encode(pixels).shape == (1, 512, 14, 14)
+    with torch.no_grad():
+        weights = captioner.attention(captioner.encode(pixels), torch.tensor([ids[:-1]]))
+        *_, alphas, _ = decoder(encoder(pixels), torch.tensor([ids]), torch.tensor([[5]]))
+        torch.testing.assert_close(weights.flatten(2), alphas)
     explained(captioner, photograph)
 
 

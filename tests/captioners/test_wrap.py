@@ -482,6 +482,14 @@ def test_the_cnn_does_not_run_when_features_are_decoded():
     assert not any(name.startswith("cnn.") for name, _ in ran)
 
 
+def test_a_cnn_whose_features_are_huge():
+    """As those of a deep one without trained weights: they saturate the decoder, which then is deaf to words."""
+    model = FAMILIES["every step"].model(V).eval()
+    with torch.no_grad():
+        model.encoder.cnn.body[5].weight.mul_(1e9)
+    assert wrap(model).recognised.first == 0
+
+
 # modules stay as they were -------------------------------------------------------------------------------------------
 
 
