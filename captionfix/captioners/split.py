@@ -7,21 +7,19 @@ captioner then runs on feature maps that it is given, its code unchanged, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from captionfix.captioners.calm import replaced, tensors_in
+from captionfix.captioners.calm import replaced
 from captionfix.captioners.causality import BLIND, MIXED, NOT_FINITE, VARYING, Unfit
+from captionfix.captioners.recording import Call, Run, key, planes_of, record
 from captionfix.captioners.signatures import Reading
 from captionfix.errors import CaptionerError
 from captionfix.unravel import Slot, Trace, find_feature_map
 
-Run = Callable[[Tensor, Tensor], Any]  # (B, C, H, W) images and (B, T) captions -> whatever the captioner returns
 REMEDY = (
     "name the module whose output is the CNN's last feature map, (B, F, h, w), with features='encoder.layer4' (the "
     "path of the module), or give encode= and decode="
@@ -33,31 +31,6 @@ class _Reached(BaseException):
 
     def __init__(self, features: Any) -> None:
         self.features = features
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a module during a recorded pass.
-
-    Attributes:
-        nth: which of its calls, from 0.
-        begin, end: moments, counted in entries and exits.
-        parent: the call inside which it happened.
-        key: where its output lies, if that is one tensor.
-        shape: of it.
-        template: shapes of the output, from which an empty one can be made; None where it is something else.
-        depends: whether the output depends on the image.
-    """
-
-    module: nn.Module
-    nth: int
-    begin: int
-    parent: _Call | None
-    end: int = -1
-    key: tuple[Any, ...] | None = None
-    shape: tuple[int, ...] = ()
-    template: Any = None
-    depends: bool = False
 
 
 @dataclass(eq=False)
@@ -154,7 +127,7 @@ def find_split(
             on the image.
     """
     reading = options[0]
-    calls, trace, image, target, recorded = _record(run, images, captions, reading)
+    calls, trace, image, target, recorded = record(run, images, captions, reading)
     batch, fed = captions.shape
     with torch.no_grad():
         whole = reading(run(images, captions), batch, fed)
@@ -221,38 +194,38 @@ def _same(split: Split, images: Tensor, captions: Tensor, options: Sequence[Read
 
 
 def _candidates(
-    calls: list[_Call],
+    calls: list[Call],
     trace: Trace,
     image: Slot,
     target: Slot,
     names: Mapping[int, str],
     named: str | nn.Module | None,
-) -> Iterator[_Call]:
+) -> Iterator[Call]:
     if named is not None:
         yield _by_name(calls, names, named)
         return
     if not target.value.variable:
         raise Unfit(BLIND)
-    outermost: dict[tuple[Any, ...], _Call] = {}
+    outermost: dict[tuple[Any, ...], Call] = {}
     for call in calls:
         if call.key is not None:
             outermost.setdefault(call.key, call)  # calls are in the order of their beginnings
-    planes = _planes(trace, image)
+    planes = planes_of(trace, image)
     rejected: set[tuple[Any, ...]] = set()
     while True:
         slot = find_feature_map(
             trace,
             image,
             target,
-            lambda s: (s.value, s.shape) in planes and _key(s) in outermost and _key(s) not in rejected,
+            lambda s: (s.value, s.shape) in planes and key(s) in outermost and key(s) not in rejected,
         )
         if slot is None:
             return
-        rejected.add(_key(slot))
-        yield outermost[_key(slot)]
+        rejected.add(key(slot))
+        yield outermost[key(slot)]
 
 
-def _by_name(calls: list[_Call], names: Mapping[int, str], named: str | nn.Module) -> _Call:
+def _by_name(calls: list[Call], names: Mapping[int, str], named: str | nn.Module) -> Call:
     ran = [c for c in calls if c.module is named or (isinstance(named, str) and names.get(id(c.module)) == named)]
     if not ran:
         maps = [names.get(id(c.module)) for c in calls if len(c.shape) == 4 and c.shape[2] * c.shape[3] > 1]
@@ -270,10 +243,10 @@ def _by_name(calls: list[_Call], names: Mapping[int, str], named: str | nn.Modul
     return ran[-1]
 
 
-def _left_out(calls: list[_Call], feature: _Call) -> dict[nn.Module, list[Any]]:
+def _left_out(calls: list[Call], feature: Call) -> dict[nn.Module, list[Any]]:
     """The outermost calls that end before the feature map's begins and depend on the image: they feed only it."""
     result: dict[nn.Module, list[Any]] = {}
-    out: set[_Call] = set()
+    out: set[Call] = set()
     for call in calls:
         if call.parent in out:
             out.add(call)
@@ -282,91 +255,6 @@ def _left_out(calls: list[_Call], feature: _Call) -> dict[nn.Module, list[Any]]:
             result.setdefault(call.module, []).append(call.template)
     result.setdefault(feature.module, [])
     return result
-
-
-def _record(
-    run: Run, images: Tensor, captions: Tensor, reading: Reading
-) -> tuple[list[_Call], Trace, Slot, Slot, Tensor]:
-    calls: list[_Call] = []
-    with Trace() as trace, _calls_into(calls, trace):
-        images = images.clone()
-        image = trace.slot(trace.watch("image", images))
-        output = run(images, captions)
-        target = trace.slot(reading.tensor(output))
-    return calls, trace, image, target, reading(output, *captions.shape)
-
-
-@contextmanager
-def _calls_into(calls: list[_Call], trace: Trace) -> Iterator[None]:
-    open_calls: list[_Call] = []
-    moment = 0
-    count: dict[nn.Module, int] = {}
-
-    def enter(module: nn.Module, args: Any) -> None:
-        nonlocal moment
-        moment += 1
-        number = count[module] = count.get(module, -1) + 1
-        call = _Call(module, number, moment, open_calls[-1] if open_calls else None)
-        calls.append(call)
-        open_calls.append(call)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal moment
-        moment += 1
-        while open_calls and open_calls[-1].module is not module:
-            open_calls.pop()  # it ended with an exception that somebody caught
-        if open_calls:
-            call = open_calls.pop()
-            call.end = moment
-            call.template = _template(output)
-            call.depends = any(trace.slot(tensor).value.variable for tensor in tensors_in(output))
-            if isinstance(output, Tensor):
-                call.key, call.shape = _key(trace.slot(output)), tuple(output.shape)
-
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _key(slot: Slot) -> tuple[Any, ...]:
-    return slot.value, slot.shape, slot.stride, slot.offset
-
-
-# Operations whose four-dimensional outputs are channels x rows x columns. Others that keep the shape of such a tensor
-# keep that meaning; a linear layer over permuted axes does not.
-_SPATIAL = ("conv", "_convolution", "pool", "upsample", "batch_norm", "group_norm", "instance_norm", "pixel_", "pad")
-
-
-def _planes(trace: Trace, image: Slot) -> set[tuple[Any, tuple[int, ...]]]:
-    planes = {(image.value, image.shape)}
-    for operation in trace.operations:
-        inputs = [slot for slot in operation.inputs() if len(slot.shape) == 4]
-        spatial = any(part in operation.name for part in _SPATIAL)
-        whole = operation.name == "cat" and operation.argument(1, "dim", 0) in (1, -3)
-        if whole:
-            whole = all((slot.value, slot.shape) in planes for slot in inputs)
-        for slot in operation.outputs:
-            if slot is not None and len(slot.shape) == 4:
-                kept = any(s.shape == slot.shape and (s.value, s.shape) in planes for s in inputs)
-                if spatial or whole or kept:
-                    planes.add((slot.value, slot.shape))
-    return planes
-
-
-def _template(output: Any) -> Any:
-    """Shapes and types of tensors in tuples, lists and dictionaries; None where there is something else."""
-    if isinstance(output, Tensor):
-        return tuple(output.shape), output.dtype
-    if type(output) in (list, tuple):
-        inner = [_template(item) for item in output]
-        return None if None in inner else type(output)(inner) if output else None
-    if type(output) is dict:
-        named = {key: _template(value) for key, value in output.items()}
-        return None if None in named.values() else named
-    return None
 
 
 def _empty(template: Any, features: Tensor, batch: int) -> Any:
