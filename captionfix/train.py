@@ -57,7 +57,7 @@ def _model(family: Family, cnn: dict[str, Any], pixels: int, seed: int, **settin
         shape = probe(torch.zeros(1, 3, pixels, pixels)).shape
     settings.update(cnn=cnn, image_size=pixels, feature_size=shape[1])
     if family == "show-tell":
-        for key in ("positions", "value_size", "attention_size", "tie_words", "attend", "begin"):
+        for key in ("positions", "value_size", "attention_size", "tie_words"):
             settings.pop(key, None)
         config = models.ShowTellConfig(**settings)
         model: CaptionerModel = models.ShowTellModel(config)
@@ -197,8 +197,6 @@ def train_images(
     tune_rate: float = 3e-4,
     cnn_rate: float = 1e-4,
     hidden: int = 512,
-    attend: Literal["before", "after"] = "after",
-    begin: Literal["mean", "zero"] = "zero",
     at_least: int = 5,
     max_words: int = 20,
     beam_length_power: float = 0.5,
@@ -227,8 +225,6 @@ def train_images(
         tune_rate: the second stage's for the decoder.
         cnn_rate: the second stage's for the CNN.
         hidden: units of the LSTM, and size of embeddings, projected cells and attention.
-        attend: see `ShowAttendTellConfig`.
-        begin: see `ShowAttendTellConfig`.
         at_least: a word must occur so often to be in the vocabulary.
         max_words: longer captions are cut.
         beam_length_power: see `CaptionerConfig`.
@@ -267,8 +263,6 @@ def train_images(
         dropout=dropout,
         label_smoothing=label_smoothing,
         tie_words=True,
-        attend=attend,
-        begin=begin,
         frozen_norms=True,
         max_words=max_words,
         beam_length_power=beam_length_power,

@@ -8,7 +8,7 @@ ends in a feature map and a `decoder` that sees nothing of the image but this ma
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,6 @@ class ShowAttendTellConfig(CaptionerConfig):
         value_size: numbers that a cell of the feature map is projected to before it is attended.
         attention_size: units of the additive attention.
         positions: height and width of the feature map if its cells get a learned position, else None.
-        attend: which state asks: `"before"`, the one before the word is read (Xu et al. 2015), and what was attended
-            enters the LSTM with the word; or `"after"`, the one after it (Lu et al. 2017, "Knowing When to Look",
-            equations 5 to 8), and what was attended goes to the output alone.
-        begin: the LSTM's first state: `"mean"`, made from the cells' mean (Xu et al. 2015), or `"zero"`. With `"after"`
-            and `"zero"` the image reaches a word through that word's own attention alone.
         kwargs: see `CaptionerConfig`.
     """
 
@@ -103,13 +98,9 @@ class ShowAttendTellConfig(CaptionerConfig):
         value_size: int = 512,
         attention_size: int = 512,
         positions: list[int] | tuple[int, int] | None = None,
-        attend: Literal["before", "after"] = "before",
-        begin: Literal["mean", "zero"] = "mean",
         **kwargs: Any,
     ) -> None:
         self.value_size = value_size
-        self.attend = attend
-        self.begin = begin
         self.attention_size = attention_size
         self.positions = list(positions) if positions is not None else None
         super().__init__(**kwargs)
@@ -216,7 +207,7 @@ class ShowTellDecoder(Decoder):
 
 
 class ShowAttendTellDecoder(Decoder):
-    """Additive attention over the map's cells with the state before or after the word; a gate; a deep output."""
+    """Additive attention over the map's cells with the state before the word; a gate; a deep output."""
 
     def __init__(self, config: ShowAttendTellConfig) -> None:
         super().__init__(config, config.word_size)
@@ -230,13 +221,9 @@ class ShowAttendTellDecoder(Decoder):
         self.query = nn.Linear(config.hidden_size, config.attention_size, bias=False)
         self.score = nn.Linear(config.attention_size, 1, bias=False)
         self.gate = nn.Linear(config.hidden_size, config.value_size)
-        self.from_mean = config.begin == "mean"
-        if self.from_mean:
-            self.begin_h = nn.Linear(config.value_size, config.hidden_size)
-            self.begin_c = nn.Linear(config.value_size, config.hidden_size)
-        self.after = config.attend == "after"
-        read = config.word_size if self.after else config.word_size + config.value_size
-        self.cell = nn.LSTMCell(read, config.hidden_size)
+        self.begin_h = nn.Linear(config.value_size, config.hidden_size)
+        self.begin_c = nn.Linear(config.value_size, config.hidden_size)
+        self.cell = nn.LSTMCell(config.word_size + config.value_size, config.hidden_size)
         self.output_h = nn.Linear(config.hidden_size, config.word_size)
         self.output_z = nn.Linear(config.value_size, config.word_size, bias=False)
 
@@ -246,24 +233,17 @@ class ShowAttendTellDecoder(Decoder):
         if self.position is not None:
             cells = cells + self.position
         values = torch.relu(cells)
-        if self.from_mean:
-            mean = values.mean(1)
-            h, c = torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean))
-        else:
-            h = c = values.new_zeros(len(values), self.cell.hidden_size)
-        return h, c, values, self.key(values)
+        mean = values.mean(1)
+        return torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean)), values, self.key(values)
 
     def advance(self, state: State, word: Tensor) -> tuple[Tensor, Tensor, State]:
         """One word further: embedded words (B, E) -> output (B, E), attention (B, N), state."""
         h, c, values, keys = state
-        if self.after:
-            h, c = self.cell(word, (h, c))
         energy = self.score(torch.tanh(keys + self.query(h).unsqueeze(1))).squeeze(2)
         weights = torch.softmax(energy, 1)
         context = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
         context = torch.sigmoid(self.gate(h)) * context
-        if not self.after:
-            h, c = self.cell(torch.cat([word, context], 1), (h, c))
+        h, c = self.cell(torch.cat([word, context], 1), (h, c))
         out = torch.tanh(self.output_h(self.drop(h)) + self.output_z(context))
         return out, weights, (h, c, values, keys)
 

@@ -42,10 +42,9 @@ def tiny(family: str, seed: int = 0, **settings: object) -> PretrainedCaptioner:
     return PretrainedCaptioner(model, word_tokenizer(WORDS), square_processor(32), "tiny")
 
 
-@pytest.fixture(params=["show-attend-tell", "show-attend-tell, after", "show-tell"])
+@pytest.fixture(params=["show-attend-tell", "show-tell"])
 def captioner(request: pytest.FixtureRequest) -> PretrainedCaptioner:
-    family, _, after = request.param.partition(", ")
-    return tiny(family, **({"attend": "after", "begin": "zero"} if after else {}))
+    return tiny(request.param)
 
 
 @pytest.fixture
