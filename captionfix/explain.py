@@ -205,9 +205,20 @@ def explain_ids(
     contrast: Mapping[Any, str] | Literal["alternatives"] = MappingProxyType({}),
     beams: int = 3,
 ) -> list[Explanation]:
-    """`explain` for captions that are word ids already (None: the captioner's own), all images in one batch."""
+    """`explain` for captions that are word ids already (None: the captioner's own). Images of one size are one
+    batch."""
     given = list(captions)
     prepared = [captioner.prepare(picture) for picture in pictures]
+    sizes = [each.pixels.shape for each in prepared]
+    if len(set(sizes)) > 1:  # a captioner that keeps each image's own size: a batch for every size
+        explained: dict[int, Explanation] = {}
+        for size in set(sizes):
+            part = [i for i, each in enumerate(sizes) if each == size]
+            alike = explain_ids(
+                captioner, [pictures[i] for i in part], [given[i] for i in part], settings, contrast, beams
+            )
+            explained.update(zip(part, alike, strict=True))
+        return [explained[i] for i in range(len(sizes))]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
     encoded = None if settings.leg is None else map_to_pixels.encode(captioner, pixels)
     with torch.inference_mode():
