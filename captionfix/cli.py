@@ -13,6 +13,7 @@ import typer
 import captionfix
 from captionfix.classify_cli import classify
 from captionfix.errors import CaptionerError, CaptionError, CaptionfixError, ImageError, OutputError, PolicyError
+from captionfix.evaluate_cli import evaluate
 from captionfix.train_cli import app as train_app
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     help="Shows where each word of an image caption comes from.",
 )
 app.add_typer(train_app, name="train")
+app.command("evaluate")(evaluate)
 
 FAILED = 2
 _SCENE = 6  # a seed whose things lie well apart
@@ -82,7 +84,7 @@ def demo(out: Out = None, device: Device = "cpu") -> None:
     for name, captioner_name, image in _samples():
         check_free(folder / name)
         typer.echo(f"{name}: explaining with captioner {captioner_name!r} ...")
-        result = explain_image(_load(captioner_name, device), image)
+        result = explain_image(load_on(captioner_name, device), image)
         place = _write(result, folder / name, {"boxes": True})
         typer.echo(f"\n{result}\n\nfigure: {place / 'figure.png'}\n")
     typer.echo(f"Pictures and saved explanations are in {folder.resolve()}")
@@ -128,7 +130,7 @@ def explain_command(
             check_free(place)
             image = read_image(path)
             if model is None:
-                model = _load(captioner, device)
+                model = load_on(captioner, device)
             from captionfix.explain import explain as explain_image
 
             result = explain_image(
@@ -170,7 +172,7 @@ def _samples() -> Iterator[tuple[str, str, Image.Image]]:
     yield "portrait", "photos", read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
-def _load(name: str, device: str) -> Captioner:
+def load_on(name: str, device: str) -> Captioner:
     from captionfix.captioners.loading import load
 
     check_device(device)

@@ -44,6 +44,46 @@ def mass(heatmap: Map, region: Region) -> float:
     return float(heatmap[region].sum(dtype=np.float64)) / total
 
 
+def rank(heatmap: Map, region: Region) -> float:
+    """Relevance rank accuracy: of the map's K largest pixels, the part that lies in the region, where K is the
+    region's size. 0..1, higher is better.
+
+    Arras, Osman, Samek 2022, "CLEVR-XAI". Equal values are taken in reading order.
+    """
+    size = int(region.sum())
+    if not np.any(heatmap > 0) or not size:
+        return math.nan
+    largest = np.argsort(-heatmap, axis=None, kind="stable")[:size]
+    return float(region.ravel()[largest].mean())
+
+
+def attention_correctness(maps: NDArray[np.floating], region: Region) -> float:
+    """The mass of a word's map in its region; of a phrase, the largest over its words. 0..1, higher is better.
+
+    Liu, Mao, Sha, Yuille 2017 (AAAI), "Attention correctness in neural image captioning", made for attention weights.
+    Unlike `mass` of a phrase's summed map it lets one good word speak for all.
+
+    Args:
+        maps: (words, H, W) of the phrase.
+        region: (H, W).
+    """
+    each = [value for value in (mass(one, region) for one in maps) if not math.isnan(value)]
+    return max(each) if each else math.nan
+
+
+def inside_outside(heatmap: Map, region: Region, most: float = 100.0) -> float:
+    """The map's mean inside the region over its mean outside, 0..``most``; 1 is chance. Higher is better.
+
+    Selvaraju et al. 2017, "Grad-CAM" (its section on dense captioning). A map without any mass outside would have an
+    infinite ratio, which no mean survives, so ratios end at ``most``. Undefined where nothing is outside.
+    """
+    if not np.any(heatmap > 0) or not np.any(region) or np.all(region):
+        return math.nan
+    inside = float(heatmap[region].mean(dtype=np.float64))
+    outside = float(heatmap[~region].mean(dtype=np.float64))
+    return min(inside / outside, most) if outside > 0 else most
+
+
 def overlap(first: Region, second: Region) -> float:
     """Intersection over the smaller of two regions, 0..1; NaN if one is empty."""
     smaller = min(int(first.sum()), int(second.sum()))
@@ -52,14 +92,40 @@ def overlap(first: Region, second: Region) -> float:
 
 def discrimination(first: Map, second: Map, region_first: Region, region_second: Region) -> float:
     """Word discrimination of two phrases of one caption whose regions are disjoint: does each phrase's map hold more
-    of its mass in its own region than the other's map does? Both counted together: the mean of two comparisons, a tie
-    being half. 0, 0.5 or 1 and quarters; chance is 0.5. Higher is better.
+    of its mass in its own region than the other's map does? The mean of the two comparisons, a tie being half.
+    0, 0.5 or 1 and quarters; chance is 0.5. Higher is better.
     """
-    own = mass(first, region_first), mass(second, region_second)
-    other = mass(second, region_first), mass(first, region_second)
+    own, other = _four_masses(first, second, region_first, region_second)
     if any(math.isnan(value) for value in own + other):
         return math.nan
-    return float(np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(own, other, strict=True)]))
+    return float(np.mean([_won(a, b) for a, b in zip(own, other, strict=True)]))
+
+
+def discrimination_joint(first: Map, second: Map, region_first: Region, region_second: Region) -> float:
+    """Word discrimination with one comparison a pair: do the two maps hold more mass in their own regions, both
+    counted together, than in each other's? 0, 0.5 (a tie) or 1; chance is 0.5. Higher is better.
+
+    A pair of which one phrase wins clearly and the other loses narrowly counts in full here, and as half in
+    `discrimination`.
+    """
+    own, other = _four_masses(first, second, region_first, region_second)
+    if any(math.isnan(value) for value in own + other):
+        return math.nan
+    return _won(sum(own), sum(other))
+
+
+def _four_masses(
+    first: Map, second: Map, region_first: Region, region_second: Region
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Each map's mass in its own region; the other map's mass in the same region."""
+    return (
+        (mass(first, region_first), mass(second, region_second)),
+        (mass(second, region_first), mass(first, region_second)),
+    )
+
+
+def _won(own: float, other: float) -> float:
+    return 1.0 if own > other else 0.5 if own == other else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from captionfix.evaluate import data, metrics
-from captionfix.evaluate.grounding import score
+from captionfix.evaluate.measure import of_regions
 
 
 def spot(row: int, column: int) -> np.ndarray:
@@ -79,8 +79,59 @@ def test_mean_leaves_out_and_counts_what_is_undefined():
 def test_a_phrase_sums_its_words_normalised_maps():
     maps = np.stack([100 * spot(2, 2), spot(2, 8)])  # the strong map must not drown the weak one
     phrase = data.Phrase((0, 1), "thing", boxes=((0.0, 0.0, 0.5, 1.0),))
-    found = {s.metric: s.value for s in score(maps, [phrase], 0)}
+    found = {metric: value for _, metric, value in of_regions(maps, [phrase], [phrase.region((10, 10))])}
     assert found["mass"] == pytest.approx(0.5)
+    assert found["attention-correctness"] == pytest.approx(1.0)  # the better of its words
+
+
+def test_only_disjoint_phrases_make_pairs():
+    maps = np.stack([spot(2, 2), spot(2, 8), spot(2, 3)])
+    phrases = [data.Phrase((k,), "thing") for k in range(3)]
+    regions = [LEFT, RIGHT, block(slice(0, 10), slice(0, 4))]  # the third lies in the first
+    found = of_regions(maps, phrases, regions, ["discrimination", "discrimination-joint"])
+    assert found == [("pair", "discrimination", 1.0), ("pair", "discrimination-joint", 1.0)] * 2
+
+
+def test_joint_discrimination_compares_sums_once():
+    first, second = 0.9 * spot(1, 1) + 0.1 * spot(1, 8), 0.8 * spot(1, 1) + 0.2 * spot(1, 8)
+    nearly = (first, second, LEFT, RIGHT)  # own 0.9 + 0.2 against 0.8 + 0.1
+    assert metrics.discrimination_joint(*nearly) == 1.0
+    assert metrics.discrimination_joint(second, first, LEFT, RIGHT) == 0.0
+    assert metrics.discrimination_joint(first, first, LEFT, RIGHT) == 0.5
+    small = block(slice(1, 2), slice(1, 2))  # of regions that are not all the picture the two can differ
+    elsewhere = 0.5 * spot(1, 1) + 0.45 * spot(1, 8) + 0.05 * spot(9, 0)
+    other = 0.6 * spot(1, 1) + 0.4 * spot(1, 9)
+    far = block(slice(1, 2), slice(9, 10))
+    assert metrics.discrimination(elsewhere, other, small, far) == 0.5  # 0.5 < 0.6 lost, 0.4 > 0 won
+    assert metrics.discrimination_joint(elsewhere, other, small, far) == 1.0  # 0.5 + 0.4 > 0.6 + 0
+    assert math.isnan(metrics.discrimination_joint(np.zeros((10, 10)), other, small, far))
+
+
+def test_rank_accuracy_against_sorting():
+    rng = np.random.default_rng(3)
+    heatmap = rng.random((10, 10))
+    region = block(slice(2, 5), slice(3, 9))
+    order = sorted((-heatmap[r, c], r, c) for r in range(10) for c in range(10))[: int(region.sum())]
+    assert metrics.rank(heatmap, region) == pytest.approx(np.mean([region[r, c] for _, r, c in order]))
+    assert math.isnan(metrics.rank(np.zeros((10, 10)), region))
+
+
+def test_inside_outside_is_a_ratio_of_means_that_ends():
+    even = np.ones((10, 10))
+    assert metrics.inside_outside(even, LEFT) == pytest.approx(1.0)
+    assert metrics.inside_outside(even + 2 * LEFT, LEFT) == pytest.approx(3.0)
+    assert metrics.inside_outside(spot(1, 1), LEFT) == 100.0  # nothing outside
+    assert math.isnan(metrics.inside_outside(even, np.ones((10, 10), dtype=bool)))
+    assert math.isnan(metrics.inside_outside(np.zeros((10, 10)), LEFT))
+
+
+def test_attention_correctness_is_of_the_best_word_and_of_untouched_maps():
+    """The tool known for this metric zeroes its map in place, so that the order of boxes changes its answer."""
+    maps = np.stack([spot(1, 1) + spot(1, 8), spot(1, 1) + 3 * spot(2, 2)])
+    before = maps.copy()
+    assert metrics.attention_correctness(maps, LEFT) == 1.0
+    assert metrics.attention_correctness(maps[:1], RIGHT) == 0.5
+    np.testing.assert_array_equal(maps, before)
 
 
 def test_boxes_and_masks_become_the_cells_whose_centres_they_hold():
@@ -88,6 +139,14 @@ def test_boxes_and_masks_become_the_cells_whose_centres_they_hold():
     np.testing.assert_array_equal(box.region((4, 2)), [[0, 0, 0, 0], [0, 1, 1, 0]])
     mask = data.Phrase((0,), "thing", mask=np.kron(np.array([[1, 0], [0, 1]]), np.ones((5, 5))).astype(bool))
     np.testing.assert_array_equal(mask.region((2, 2)), [[1, 0], [0, 1]])
+
+
+def test_regions_of_a_grid_that_covers_a_part_or_more():
+    box = data.Phrase((0,), "thing", boxes=((0.5, 0.0, 1.0, 1.0),))
+    np.testing.assert_array_equal(box.region((4, 1), (0.25, 0.0, 0.75, 1.0)), [[0, 0, 1, 1]])
+    mask = data.Phrase((0,), "thing", mask=np.array([[True, False]]))
+    np.testing.assert_array_equal(mask.region((4, 1), (-0.5, 0.0, 1.5, 1.0)), [[0, 1, 0, 0]])
+    assert mask.all_boxes == ((0.0, 0.0, 0.5, 1.0),)
 
 
 def test_scenes_give_each_content_word_its_objects_visible_pixels():
@@ -98,33 +157,3 @@ def test_scenes_give_each_content_word_its_objects_visible_pixels():
     assert [p.kind for p in item.phrases] == ["size", "surface", "colour", "shape"] * 2
     for phrase in item.phrases:
         np.testing.assert_array_equal(phrase.region((128, 128)), made.mask(phrase.words[0]))
-
-
-def test_lines_format(tmp_path):
-    import json
-
-    from PIL import Image
-
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
-    words = ["A", "black", "dog", ",", "running", "on", "the", "Grass", "."]
-    phrases = [
-        {"span": [0, 3], "entity": 1, "types": ["animals"], "boxes": [[0, 0, 0.5, 0.5]]},
-        {"span": [6, 8], "entity": 2, "types": ["scene"]},
-        {"span": [4, 5], "entity": 0, "types": ["notvisual"]},
-    ]
-    line = {"photo": "a.png", "width": 8, "height": 8, "captions": [{"words": words, "phrases": phrases}]}
-    (tmp_path / "dev.jsonl").write_text(json.dumps(line) + "\n")
-    (item,) = data.lines(tmp_path / "dev.jsonl")
-    assert item.words == ("a", "black", "dog", "running", "on", "the", "grass")
-    assert [(p.words, p.kind) for p in item.phrases] == [((1, 2), "animals")]
-
-
-def test_damaged_lines_are_named(tmp_path):
-    from captionfix.errors import DataError
-
-    (tmp_path / "dev.jsonl").write_text('{"photo": "a.png"}\n')
-    with pytest.raises(DataError, match="line 1"):
-        list(data.lines(tmp_path / "dev.jsonl"))
-    with pytest.raises(DataError, match="no such file"):
-        list(data.lines(tmp_path / "none.jsonl"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +14,6 @@ from ...word_to_map import Caption
 
 BATCH = 8
 """Images that go through the CNN at once; it bounds the memory."""
-
-
-def needed(package: str) -> ModuleType:
-    """Imports a package of the extra ``compare``.
-
-    Raises:
-        PolicyError: it is not installed.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise PolicyError(
-            f'this method needs {package.partition(".")[0]}: pip install "captionfix[compare]"'
-        ) from error
 
 
 @contextmanager

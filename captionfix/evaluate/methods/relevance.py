@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...captioners.captioner import Captioner
 from ...errors import PolicyError
 from ...word_to_map import Caption
-from .autograd import differentiable, evidence, feature_gradients, needed
+from .. import needed
+from .autograd import differentiable, evidence, feature_gradients
 from .gradients import Replaced
 
 EPSILON = 1e-6

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...captioners.captioner import Captioner
 from ...word_to_map import Caption
-from .autograd import differentiable, evidence, needed, scores
+from .. import needed
+from .autograd import differentiable, evidence, scores
 from .perturbations import windows
 
 
