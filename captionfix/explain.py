@@ -353,12 +353,13 @@ def _words(captioner: Captioner, features: Tensor, caption: Caption, found: Flow
 
 
 def _placed(word: Word, mass: Tensor, prepared: Prepared) -> Word:
-    """The word with its fixations: (H, W) mass on the CNN's input, as points of the original image."""
+    """The word with its fixations: (H, W) mass on the CNN's input, as points of the original image. What lies on
+    padding around the image is no pixel of it and left out."""
     height, width = mass.shape
     row, column = torch.nonzero(mass > 0, as_tuple=True)
     x0, y0, x1, y1 = prepared.window
-    weight = mass[row, column]
-    points = torch.stack(
-        [x0 + (column + 0.5) * ((x1 - x0) / width), y0 + (row + 0.5) * ((y1 - y0) / height), weight / weight.sum()], 1
-    )
+    x, y = x0 + (column + 0.5) * ((x1 - x0) / width), y0 + (row + 0.5) * ((y1 - y0) / height)
+    points = torch.stack([x, y, mass[row, column]], 1)
+    points = points[(x > 0) & (x < prepared.size[0]) & (y > 0) & (y < prepared.size[1])]
+    points[:, 2] /= points[:, 2].sum().clamp_min(torch.finfo(points.dtype).tiny)
     return replace(word, fixations=points.numpy().astype(np.float32))

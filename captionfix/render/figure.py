@@ -334,7 +334,7 @@ def _colour_bar(result: Figure, plan: _Plan, colour_scale: Scale, specific: bool
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.outline.set_linewidth(0.4)
     axes.tick_params(labelsize=5.5, length=1.5, width=0.4, pad=1)
-    what = "evidence beyond the caption's mean" if specific else "evidence"
+    what = "evidence beyond the mean of all words" if specific else "evidence"
     bar.set_label(f"{what} (times even spread)", size=6, labelpad=1.5)
 
 
