@@ -85,8 +85,8 @@ def demo(out: Out = None, device: Device = "cpu") -> None:
         check_free(folder / name)
         typer.echo(f"{name}: explaining with captioner {captioner_name!r} ...")
         result = explain_image(load_on(captioner_name, device), image)
-        place = _write(result, folder / name, {"boxes": True})
-        typer.echo(f"\n{result}\n\nfigure: {place / 'figure.png'}\n")
+        place = _write(result, folder / name, {"boxes": True}, html=True)
+        typer.echo(f"\n{result}\n\nfigure: {place / 'figure.png'}\npage: {place / 'page.html'}\n")
     typer.echo(f"Pictures and saved explanations are in {folder.resolve()}")
 
 
@@ -110,6 +110,7 @@ def explain_command(
     boxes: Annotated[bool, typer.Option("--boxes", help="Draw each word's box.")] = False,
     fixations: Annotated[bool, typer.Option("--fixations", help="Draw each word's fixations.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Whole maps, without taking off the words' mean.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Also a page to explore each explanation.")] = False,
     out: Out = None,
     device: Device = "cpu",
 ) -> None:
@@ -143,13 +144,13 @@ def explain_command(
                 beams=beams,
                 unknown=unknown.value,
             )
-            _write(result, place, {"boxes": boxes, "fixations": fixations, "specific": not raw})
+            _write(result, place, {"boxes": boxes, "fixations": fixations, "specific": not raw}, html)
         except _OWN_TROUBLE as error:
             _complain(error if isinstance(error, (ImageError, OutputError)) else f"{path}: {error}")
             failed = True
         else:
             typer.echo(
-                f"{path}: {result}\n\nfigure: {place / 'figure.png'}\n"
+                f"{path}: {result}\n\nfigure: {place / 'figure.png'}\n" + f"page: {place / 'page.html'}\n" * html
                 if len(images) == 1
                 else _line(path, result, place)
             )
@@ -190,13 +191,15 @@ def check_device(device: str) -> None:
         raise CaptionerError(f"can't compute on {device!r}: {reason}; --device cpu always works") from error
 
 
-def _write(result: Explanation, place: Path, options: dict[str, Any]) -> Path:
+def _write(result: Explanation, place: Path, options: dict[str, Any], html: bool = False) -> Path:
     from captionfix.files import atomic_folder, atomic_write
     from captionfix.render.figure import png
 
     with atomic_folder(place) as folder:
         result.save(folder)
         atomic_write(folder / "figure.png", png(result, dpi=200, **options))
+        if html:
+            result.to_html(folder / "page.html")
     return place
 
 

@@ -224,6 +224,19 @@ class Explanation:
 
         return figure(self, **options)
 
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a page to explore the explanation: one HTML file that needs no network and nothing beside it.
+
+        Returns:
+            The file.
+
+        Raises:
+            OutputError: It can't be written.
+        """
+        from captionfix.render.page import write
+
+        return write(self, path)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``explanation.json``, ``arrays.npz`` and the image into a new folder, all or nothing.
 

@@ -1,8 +1,10 @@
-"""Invented explanations, for tests of what comes after the engine."""
+"""Invented explanations, for tests of what comes after the engine, and a browser to look at pages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,3 +70,20 @@ def explanation() -> Explanation:
 @pytest.fixture
 def invent() -> Callable[..., Explanation]:
     return invented
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    path = next((path for path in found if path), None)
+    if path is None:
+        pytest.skip("there is no Chromium here to look at pages with")
+    # started without what would ask hosts of its maker at every start
+    quiet = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync")  # fmt: skip
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=list(quiet))
+        yield chromium
+        chromium.close()

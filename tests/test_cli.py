@@ -67,11 +67,15 @@ def test_explain_writes_a_folder_for_the_picture(
         "dog=cat",
         "--boxes",
         "--fixations",
+        "--html",
     )
     status, out, err = run(capsys, "explain", picture, *arguments, "--out", tmp_path / "out")
     assert (status, err) == (0, "")
     folder = tmp_path / "out" / "dog"
-    assert {path.name for path in folder.iterdir()} == {"explanation.json", "arrays.npz", "image.png", "figure.png"}
+    names = {"explanation.json", "arrays.npz", "image.png", "figure.png", "page.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert "a red dog runs" in (folder / "page.html").read_text(encoding="utf-8")
+    assert str(folder / "page.html") in out
     result = captionfix.read(folder)
     assert result.caption == "a red dog runs"
     assert result["dog"].contrast == "cat"

@@ -1,14 +1,19 @@
-"""How an explanation shows itself: a table in a terminal, a figure in a notebook."""
+"""How an explanation shows itself: a table in a terminal, a page to explore or a figure in a notebook."""
 
 from __future__ import annotations
 
 import base64
 import html as markup
+import io
 import math
+
+from PIL import Image
 
 from captionfix.explanation import Explanation, Word
 from captionfix.render.figure import png as figure_png
+from captionfix.render.page import page
 
+_FRAMED, _FRAMED_GRID = 640, 64  # of the photograph and the maps in a notebook, which should stay small
 _HEADINGS = ("word", "p", "image", "effect", "from earlier words", "instead")
 
 
@@ -39,13 +44,27 @@ def png(explanation: Explanation) -> bytes:
 
 
 def html(explanation: Explanation) -> str:
-    """The figure, self-contained, with the table folded under it."""
-    picture = base64.b64encode(png(explanation)).decode()
+    """The page to explore, in a frame of its own; the figure and the table, where a viewer drops the frame.
+
+    Front ends that do not trust a notebook, and sites that show one, take frames and scripts out; what lay under the
+    frame is then what is seen.
+    """
     caption = markup.escape(explanation.caption, quote=True)
+    document = markup.escape(page(explanation, largest=_FRAMED, grid=_FRAMED_GRID), quote=True)
     return (
-        f'<figure style="margin:0"><img src="data:image/png;base64,{picture}" alt="{caption}" style="max-width:100%">'
+        '<div style="position:relative;min-height:600px;max-height:860px;overflow:hidden">'
+        f'<figure style="margin:0"><img src="data:image/jpeg;base64,{_jpeg(explanation)}" alt="{caption}" '
+        'style="max-width:100%">'
         f"<details><summary>numbers</summary><pre>{markup.escape(table(explanation))}</pre></details></figure>"
+        f'<iframe sandbox="allow-scripts" title="{caption}" srcdoc="{document}" '
+        'style="position:absolute;left:0;top:0;width:100%;height:100%;border:0;background:white"></iframe></div>'
     )
+
+
+def _jpeg(explanation: Explanation) -> str:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(figure_png(explanation, dpi=100))).convert("RGB").save(buffer, "jpeg", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _row(word: Word) -> tuple[str, ...]:

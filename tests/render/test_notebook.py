@@ -28,10 +28,11 @@ def test_table_has_a_line_a_word(explanation: Explanation) -> None:
 
 def test_html_is_self_contained(explanation: Explanation) -> None:
     html = explanation._repr_html_()
-    found = re.search(r'src="data:image/png;base64,([^"]+)"', html)
+    found = re.search(r'src="data:image/jpeg;base64,([^"]+)"', html)
     assert found is not None
     assert Image.open(io.BytesIO(base64.b64decode(found[1]))).width > 600
-    assert "http" not in html
+    assert "://" not in html
+    assert "srcdoc=" in html
 
 
 def test_words_are_escaped(invent: Callable[..., Explanation]) -> None:
