@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 
 import numpy as np
@@ -305,3 +306,16 @@ def test_a_captioner_without_gradients_is_told(captioner, picture, monkeypatch):
     with pytest.raises(PolicyError, match="can't be differentiated"):
         captionfix.explain(captioner, picture, caption=CAPTION, method="gradcam")
     assert captionfix.explain(captioner, picture, caption=CAPTION, method="occlusion:window=0.5:stride=0.5").words
+
+
+@pytest.mark.parametrize("form", [lambda a, b: a + b, torch.add, lambda a, b: a.add_(b), operator.iadd])
+def test_every_form_of_sum_shares_relevance(form):
+    a = torch.tensor([1.0, 3.0, -1.0], requires_grad=True)
+    b = torch.tensor([3.0, 0.0, 2.0], requires_grad=True)
+    with gradients.Replaced(relevance.SHARED):
+        total = form(a * 1, b * 1)
+    torch.testing.assert_close(total.detach(), torch.tensor([4.0, 3.0, 1.0]))
+    given = torch.tensor([8.0, 5.0, 1.0])
+    at_a, at_b = torch.autograd.grad(total, [a, b], given)
+    torch.testing.assert_close(at_a, torch.tensor([2.0, 5.0, -1.0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(at_a + at_b, given, rtol=1e-4, atol=1e-4)
