@@ -40,6 +40,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def captioner(captioners):
+    """One family is enough for what is the same for both."""
+    return captioners["show-attend-tell"]
+
+
 def plan(captioner, **changes) -> Plan:
     settings = {"methods": METHODS, "metrics": ("pointing", "mass", "discrimination"), "limit": 2, **changes}
     return Plan(captioner.name, fingerprint(captioner), {"data": "photographs"}, **settings)
@@ -107,8 +113,10 @@ def test_chance_depends_on_the_seed_and_the_picture(captioner, photographs, tmp_
     assert len({tuple(v) for v in values}) == 4
 
 
-def test_every_metric_is_written(captioner, photographs, tmp_path):
+@pytest.mark.parametrize("family", ["show-attend-tell", "show-tell"])
+def test_every_metric_is_written(captioners, family, photographs, tmp_path):
     pytest.importorskip("scipy")
+    captioner = captioners[family]
     read = published.open_data(str(photographs), limit=1)
     wanted = tuple(name for name in METRICS if name != "f1")
     (record,), _ = run(
@@ -183,8 +191,7 @@ def test_weights_have_a_fingerprint(captioners):
     assert one == fingerprint(captioners["show-attend-tell"]) != other
 
 
-def test_command_line(captioners, photographs, tmp_path, capsys):
-    captioner = captioners["show-attend-tell"]
+def test_command_line(captioner, photographs, tmp_path, capsys):
     folder = tmp_path / "captioner"
     folder.mkdir()
     captioner.save(folder)
