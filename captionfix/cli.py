@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import captionfix
+from captionfix.browse_cli import browse
 from captionfix.classify_cli import classify
 from captionfix.errors import CaptionerError, CaptionError, CaptionfixError, ImageError, OutputError, PolicyError
 from captionfix.evaluate_cli import evaluate
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.command("evaluate")(evaluate)
+app.command("browse")(browse)
 
 FAILED = 2
 _SCENE = 6  # a seed whose things lie well apart
@@ -111,6 +113,7 @@ def explain_command(
     fixations: Annotated[bool, typer.Option("--fixations", help="Draw each word's fixations.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Whole maps, without taking off the words' mean.")] = False,
     html: Annotated[bool, typer.Option("--html", help="Also a page to explore each explanation.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also one picture of all: contact-sheet.png.")] = False,
     out: Out = None,
     device: Device = "cpu",
 ) -> None:
@@ -126,6 +129,7 @@ def explain_command(
     folder = free_name("captionfix-out") if out is None else out
     model: Captioner | None = None
     failed = False
+    strips: list[Image.Image] = []
     for path, place in _shown(list(zip(images, _places(images, folder), strict=True))):
         try:
             check_free(place)
@@ -145,6 +149,10 @@ def explain_command(
                 unknown=unknown.value,
             )
             _write(result, place, {"boxes": boxes, "fixations": fixations, "specific": not raw}, html)
+            if sheet:
+                from captionfix.render.contact import strip
+
+                strips.append(strip(result, path.name, specific=not raw, boxes=boxes))
         except _OWN_TROUBLE as error:
             _complain(error if isinstance(error, (ImageError, OutputError)) else f"{path}: {error}")
             failed = True
@@ -154,6 +162,8 @@ def explain_command(
                 if len(images) == 1
                 else _line(path, result, place)
             )
+    if strips:
+        typer.echo(f"contact sheet: {_sheet(strips, folder / 'contact-sheet.png')}")
     if failed:
         raise typer.Exit(FAILED)
 
@@ -201,6 +211,18 @@ def _write(result: Explanation, place: Path, options: dict[str, Any], html: bool
         if html:
             result.to_html(folder / "page.html")
     return place
+
+
+def _sheet(strips: Sequence[Image.Image], path: Path) -> Path:
+    import io
+
+    from captionfix.files import atomic_write
+    from captionfix.render.contact import stacked
+
+    buffer = io.BytesIO()
+    stacked(strips).save(buffer, "png")
+    atomic_write(path, buffer.getvalue())
+    return path
 
 
 def _places(images: Sequence[Path], folder: Path) -> Iterator[Path]:

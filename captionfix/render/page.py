@@ -1,8 +1,9 @@
 """A page to explore an explanation: one self-contained HTML file that needs no network and nothing beside it.
 
-Its parts lie next to this file: ``page.html`` (a `string.Template`), ``page.css`` and ``page.js``. All text of the
-caption is escaped where it is markup, and the script only ever sets it as text. The page's own policy (CSP) admits its
-one script and its one style by their hashes and nothing else, so that even a mistake there could run nothing.
+Its parts lie next to this file: ``page.html`` (a `string.Template`), ``page_base.css``, ``page.css``, ``page.js``. All
+text of the caption is escaped where it is markup, and the script only ever sets it as text. The page's own policy (CSP)
+admits its one script and its one style by their hashes and nothing else, so that even a mistake there could run
+nothing.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ def page(explanation: Explanation, largest: int = LARGEST, grid: int = GRID) -> 
         grid: The maps are embedded with no side longer than this, in cells.
     """
     words = explanation.words
-    style = _part("page.css") + _style(explanation)
-    script = _part("page.js")
+    style = part("page_base.css") + part("page.css") + _style(explanation)
+    script = part("page.js")
     made = ", ".join(part for part in (explanation.captioner, explanation.method) if part)
-    return Template(_part("page.html")).substitute(
+    return Template(part("page.html")).substitute(
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=digest(style),
+        script_hash=digest(script),
         version=html.escape(explanation.version),
         caption=html.escape(explanation.caption) or "captionfix",
         alt=html.escape(f"Photograph, captioned: {explanation.caption}"),
@@ -87,11 +88,12 @@ def photo(image: Image.Image, largest: int, quality: int = 88) -> str:
         size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     elif image.width * image.height <= _DRAWN_PIXELS:  # a small drawing, whose blocks a JPEG would show
-        return _url(image, "png", optimize=True)
-    return _url(image, "jpeg", quality=quality, optimize=True)
+        return url(image, "png", optimize=True)
+    return url(image, "jpeg", quality=quality, optimize=True)
 
 
-def _url(image: Image.Image, kind: str, **options: Any) -> str:
+def url(image: Image.Image, kind: str, **options: Any) -> str:
+    """A picture as a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -253,10 +255,12 @@ def _number(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def _hash(text: str) -> str:
+def digest(text: str) -> str:
+    """By which a page's policy admits a script or a style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @cache
-def _part(name: str) -> str:
+def part(name: str) -> str:
+    """A file of the pages'."""
     return resources.files("captionfix.render").joinpath(name).read_text(encoding="utf-8")
