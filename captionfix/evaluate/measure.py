@@ -151,9 +151,8 @@ class Subject:
     def blanked(self) -> list[float]:
         return causal.blanking(self.captioner, self.pixels, self.caption)
 
-    @cached_property
     def plain_seconds(self) -> float:
-        """One encode and one teacher-forced decode: what captioning costs."""
+        """One encode and one teacher-forced decode: what captioning costs now (the machine may be busy with more)."""
         began = time.perf_counter()
         with torch.inference_mode():
             pixels = self.captioner.prepare(self.image).pixels[None].to(self.captioner.device)
@@ -179,7 +178,7 @@ class Record:
         name: of the picture.
         method: by name, with options.
         seconds: what explaining took.
-        plain: what plain captioning took.
+        plain: what plain captioning took, just before.
         scores: (kind of map, kind of phrase, metric, value); NaN where undefined.
         events: (kind of map, side, class, hit, located), of the grounding F1.
     """
@@ -207,7 +206,7 @@ class Record:
 
 def measure(subject: Subject, method: str, classes: frozenset[str] = frozenset()) -> Record:
     """Explains one picture by one method and scores it."""
-    plain = subject.plain_seconds
+    plain = subject.plain_seconds()
     began = time.perf_counter()
     found = subject.explain(method)
     seconds = time.perf_counter() - began

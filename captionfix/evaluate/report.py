@@ -90,7 +90,7 @@ def tables(records: Sequence[Record], lines: Sequence[Line], width: int) -> list
             cells = [overall.get((method, maps, name)) for name in part]
             one.add_row(method, maps, *("" if m is None or math.isnan(m.value) else _cell(m) for m in cells))
         result.append(one)
-    times = Table(caption="medians; as often as the caption is encoded and decoded in that time")
+    times = Table(caption="medians")
     for head in ("method", "seconds a picture", "x captioning"):
         times.add_column(head, no_wrap=True, justify="left" if head == "method" else "right")
     for method, (spent, ratio) in took.items():
