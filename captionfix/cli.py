@@ -15,6 +15,7 @@ from captionfix.browse_cli import browse
 from captionfix.classify_cli import classify
 from captionfix.errors import CaptionerError, CaptionError, CaptionfixError, ImageError, OutputError, PolicyError
 from captionfix.evaluate_cli import evaluate
+from captionfix.ground_cli import ground
 from captionfix.train_cli import app as train_app
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.command("evaluate")(evaluate)
+app.command("ground")(ground)
 app.command("browse")(browse)
 
 FAILED = 2

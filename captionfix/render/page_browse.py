@@ -74,7 +74,7 @@ def row_thumbnail(image: Image.Image, row: Mapping[str, Any], longest: int) -> I
     cells = np.array(row.get("feature_map") or [[0.0]], dtype=np.float32)
     values = figure.Scale(float(cells.max()))(cells)
     window = tuple(edge * by for edge, by in zip(row["window"], factor, strict=True))
-    result = Image.fromarray(figure.blend(np.asarray(small), maps.resize(values, size, window)))  # type: ignore[arg-type]
+    result = Image.fromarray(figure.blend(np.asarray(small), maps.resize(values, size, window)))
     if row.get("box"):
         contact.outline(result, tuple(edge * by for edge, by in zip(row["box"], factor, strict=True)))
     return result

@@ -357,6 +357,7 @@ def test_the_notebook_frames_the_page(browser: Any, explanation: Explanation, tm
     path = tmp_path / "notebook.html"
     path.write_text(f"<meta charset=utf-8><body>{explanation._repr_html_()}", encoding="utf-8")
     shown = browser.new_page(viewport={"width": 1000, "height": 900})
+    shown.set_default_timeout(120_000)
     shown.goto(path.as_uri())
     frame = shown.frame_locator("iframe")
     frame.locator("#word-1").hover()
