@@ -44,7 +44,7 @@ def measure(captioner: Captioner, repeat: int) -> dict[str, float]:
     pixels = captioner.prepare(read_image(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).pixels[None]
     ids = tuple(np.random.default_rng(0).integers(4, 100, WORDS).tolist())
     caption = word_to_map.Caption(captioner.vocabulary.start, ids)
-    policy = Policy()
+    policy = Policy.named("default")
     tokens = caption.inputs(pixels.device)
     encoded = map_to_pixels.encode(captioner, pixels)
     features = encoded.features

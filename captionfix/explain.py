@@ -170,8 +170,10 @@ def explain(
     settings = settle(captioner, method, policy)
     given = [None if caption is None else captioner.tokenize(caption, unknown) for caption in captions]
     explanations: list[Explanation] = []
-    for first in range(0, len(pictures), batch_size):
-        part = slice(first, first + batch_size)
+    # full tables hold every cell of a batch for every word: image by image they stay small
+    step = 1 if settings.leg is not None and (settings.policy.full or settings.policy.everything) else batch_size
+    for first in range(0, len(pictures), step):
+        part = slice(first, first + step)
         explanations += explain_ids(captioner, pictures[part], given[part], settings, contrast or {}, beams)
     return explanations if several else explanations[0]
 

@@ -12,7 +12,7 @@ at the feature map:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -155,7 +155,8 @@ def flow(
         at_logits = trace.slot(logits)
     with torch.inference_mode():
         found = _targets(trace, at_logits, logits, caption, policy, target)
-        account = walk(trace, [found[:2]], policy, words=len(caption.ids))
+        few = replace(policy, full=0)  # all of a decoder is small, but no map
+        account = walk(trace, [found[:2]], few, words=len(caption.ids))
         shape = features.shape[1:]
         count = len(caption.ids)
         return Flow(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -37,6 +37,9 @@ class Policy:
             those kept, and every fixation weighs the same in the end (the paper works with sets).
         opposed: where the mass of a neuron goes that no contribution agrees with: ``"bias"``, or ``"input"`` for the
             least opposed input.
+        full: from the targets back to the first map of more positions (height x width) than this, everything is kept,
+            in full tables; only from there on does it count what is kept. Deep maps are small, and there the many small
+            contributions tell words apart; near the image they are many and alike. 0: nowhere.
         fallback: what to do at an operation without a rule: ``"error"`` says so, ``"gradient"`` follows the operation's
             local gradient times its input (slow: one derivative a neuron).
     """
@@ -50,6 +53,7 @@ class Policy:
     flattened: int | Literal["linear"] | None = "linear"
     mass: Literal["share", "set"] = "share"
     opposed: Literal["bias", "input"] = "bias"
+    full: int = 0
     fallback: Literal["error", "gradient"] = "error"
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class Policy:
             number = getattr(self, name)
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise PolicyError(f"policy {name}={number!r}: give a whole number from 1 up, or None for all")
+        if not isinstance(self.full, int) or isinstance(self.full, bool) or self.full < 0:
+            raise PolicyError(f"policy full={self.full!r}: give a whole number from 0 up")
         for name, allowed in (
             ("location", ("location", "centre", "released")),
             ("mass", ("share", "set")),
@@ -97,12 +103,20 @@ class Policy:
             and self.opposed == "bias"
         )
 
+    @property
+    def unlimited(self) -> Policy:
+        """The same with everything kept."""
+        return replace(
+            self, sums=None, convolutions=None, neurons=None, linear="sums", flattened="linear", winner=False
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def named(cls, policy: Policy | str | dict[str, Any]) -> Policy:
-        """A policy by name (``default``, ``paper``, ``released``, ``marginal``), or from its fields, or itself.
+        """A policy by name (``default``, ``paper``, ``released``, ``marginal``), or the default with some fields
+        changed, or itself.
 
         Raises:
             PolicyError: for a name or a field that does not exist.
@@ -115,7 +129,7 @@ class Policy:
                 raise PolicyError(
                     f"policy has no {', '.join(sorted(unknown))}; it has {', '.join(cls.__dataclass_fields__)}"
                 )
-            return cls(**policy)
+            return replace(POLICIES["default"], **policy)
         if policy not in POLICIES:
             raise PolicyError(
                 f"no policy is named {policy!r}; choose one of {', '.join(POLICIES)}, or give a captionfix.Policy"
@@ -124,7 +138,7 @@ class Policy:
 
 
 POLICIES = {
-    "default": Policy(),
+    "default": Policy(neurons=1000, full=256),
     "paper": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set"),
     "released": Policy(
         sums=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
@@ -101,21 +102,37 @@ def walk(
     wanted: dict[Value, list[tuple[str, Slot]]] = {}
     for name, slot in (cuts or {}).items():
         wanted.setdefault(slot.value, []).append((name, slot))
-    if policy.everything or (policy.neurons is None and _small(trace)):
+    tables = policy.everything or (policy.neurons is None and _small(trace))
+    first = 0 if tables else _first_full(trace.operations, targets, policy.full)
+    operations = trace.operations
+    if first < len(operations):
         fields = Fields(words, reference)
         for slot, evidence in targets:
             fields.add(slot, to_field(evidence, words, slot.numel))
-        _walk_dense(trace.operations, fields, account, policy, wanted, stop)
+        _walk_dense(operations[first:], fields, account, policy if tables else policy.unlimited, wanted, stop)
         account.bias.clamp_min_(0)
         pending = {value: [to_evidence(field)] for value, field in fields.waiting.items()}
-    else:
-        _walk(trace.operations, pending, account, policy, wanted, stop)
+    _walk(operations[:first], pending, account, policy, wanted, stop)
     for value, parts in pending.items():
         evidence = join(parts).merged()
         stopped = _cut(value, evidence, account, wanted)
         if not (stop and stopped):
             account._leaves[value] = evidence
     return account
+
+
+def _first_full(operations: Sequence[Operation], targets: Sequence[tuple[Slot, Evidence]], full: int) -> int:
+    """The first operation after the last one that evidence reaches at a map of more than ``full`` positions."""
+    reached = {slot.value for slot, _ in targets}
+    if not full:
+        return len(operations)
+    for number in range(len(operations) - 1, -1, -1):
+        written = [slot for slot in operations[number].outputs if slot is not None and slot.value in reached]
+        if any(math.prod(slot.shape[2:]) > full for slot in written):
+            return number + 1
+        if written:
+            reached.update(slot.value for slot in operations[number].inputs())
+    return 0
 
 
 def _small(trace: Trace) -> bool:

@@ -28,6 +28,7 @@ FOLLOWED = {
     "winner": Policy(convolutions=1, winner=True),
     "centre": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set", location="centre"),
     "small": Policy(sums=2, convolutions=1, neurons=5),
+    "full": Policy(sums=2, convolutions=2, neurons=20, full=16),
     "opposed": Policy(opposed="input"),
     "opposed paper": Policy(
         sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set", opposed="input"

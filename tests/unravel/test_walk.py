@@ -187,6 +187,37 @@ def test_everything_kept_is_the_same_dense_and_sparse(layer, mass):
             torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-9)
 
 
+def test_full_tables_on_deep_maps_hold_what_everything_kept_holds_there():
+    """And nearer to the image, where maps are larger, only few are kept."""
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.Tanh()),
+        *(nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)),
+    )
+    network = network.double().eval()
+    with Trace(network) as trace:
+        x = torch.rand(1, 3, 12, 12, dtype=torch.float64)
+        image = trace.slot(trace.watch("image", x))
+        target = trace.slot(network(x))
+    cuts = {name: trace.module_outputs[name] for name in ("6", "3", "0")}  # 9, 36 and 144 positions
+    policies = {
+        "few": Policy(sums=2, convolutions=2, neurons=10),
+        "deep": Policy(sums=2, convolutions=2, neurons=10, full=9),
+        "all deep": Policy(sums=2, convolutions=2, neurons=10, full=10**6),
+        "all": Policy(sums=None, convolutions=None, neurons=None),
+    }
+    accounts = {k: walk(trace, [(target, start(target, range(5)))], p, cuts=cuts) for k, p in policies.items()}
+
+    def at(name, cut):
+        return accounts[name].cuts[cut].dense(5, cuts[cut].numel)
+
+    torch.testing.assert_close(at("deep", "6"), at("all", "6"))
+    assert not torch.allclose(at("few", "6"), at("all", "6"))
+    assert (at("deep", "0") > 0).sum(1).max() <= 20 < (at("all", "0") > 0).sum(1).min()
+    everything = accounts["all"].at(image).dense(5, image.numel)
+    torch.testing.assert_close(accounts["all deep"].at(image).dense(5, image.numel), everything)
+    torch.testing.assert_close(accounts["deep"].total(), torch.ones(5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 6)])
 def test_layers_without_a_batch_dimension(layer):
     layer = layer.double().eval()
