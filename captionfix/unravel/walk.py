@@ -128,7 +128,8 @@ def _first_full(operations: Sequence[Operation], targets: Sequence[tuple[Slot, E
         return len(operations)
     for number in range(len(operations) - 1, -1, -1):
         written = [slot for slot in operations[number].outputs if slot is not None and slot.value in reached]
-        if any(math.prod(slot.shape[2:]) > full for slot in written):
+        # height and width come last, with a batch dimension or without
+        if any(len(slot.shape) > 2 and math.prod(slot.shape[-2:]) > full for slot in written):
             return number + 1
         if written:
             reached.update(slot.value for slot in operations[number].inputs())
