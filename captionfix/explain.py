@@ -147,7 +147,8 @@ def explain(
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
         unknown: what to do about words of a given caption that the captioner does not know: ``"error"`` lists them,
             ``"map"`` feeds the captioner's word for unknown.
-        batch_size: images encoded and unraveled at once; it bounds the memory.
+        batch_size: images encoded and unraveled at once; it bounds the memory. A policy with full tables (the default)
+            takes one image at a time.
 
     Raises:
         ImageError: an image can't be read.
