@@ -122,17 +122,26 @@ def walk(
 
 
 def _first_full(operations: Sequence[Operation], targets: Sequence[tuple[Slot, Evidence]], full: int) -> int:
-    """The first operation after the last one that evidence reaches at a map of more than ``full`` positions."""
+    """The first operation after the last one that evidence reaches at a map of more than ``full`` positions.
+
+    Maps are what lies before the last convolution or pooling with height and width (``conv2d``, ``max_pool2d``): a
+    decoder's tables of (batch, steps, vocabulary) or (batch, heads, steps, positions) have as many numbers in their
+    last two dimensions, and those grow with the caption.
+    """
     reached = {slot.value for slot, _ in targets}
     if not full:
         return len(operations)
+    maps = False
     for number in range(len(operations) - 1, -1, -1):
-        written = [slot for slot in operations[number].outputs if slot is not None and slot.value in reached]
+        operation = operations[number]
+        written = [slot for slot in operation.outputs if slot is not None and slot.value in reached]
+        if not written:
+            continue
+        maps = maps or "2d" in operation.name
         # height and width come last, with a batch dimension or without
-        if any(len(slot.shape) > 2 and math.prod(slot.shape[-2:]) > full for slot in written):
+        if maps and any(len(slot.shape) > 2 and math.prod(slot.shape[-2:]) > full for slot in written):
             return number + 1
-        if written:
-            reached.update(slot.value for slot in operations[number].inputs())
+        reached.update(slot.value for slot in operation.inputs())
     return 0
 
 

@@ -11,7 +11,7 @@ from test_conservation import record
 
 from captionfix.unravel import start, walk
 
-POLICIES = [FOLLOWED[name] for name in ("default", "paper", "marginal", "small", "opposed")]
+POLICIES = [FOLLOWED[name] for name in ("default", "paper", "marginal", "small", "full", "opposed")]
 
 
 def tables(network: Captioning, pixels, tokens, elements, policy):
@@ -28,7 +28,7 @@ def tables(network: Captioning, pixels, tokens, elements, policy):
     )
 
 
-@settings(settings.get_profile("engine"), max_examples=10)
+@settings(settings.get_profile("engine"), max_examples=20)
 @given(st.data())
 def test_batch_length_and_other_words_change_nothing(data):
     network, pixels, tokens = captioner(lambda options: data.draw(st.sampled_from(options)))
