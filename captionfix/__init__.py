@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from captionfix.errors import UnsupportedOperation as UnsupportedOperation
     from captionfix.explain import explain as explain
     from captionfix.explanation import Explanation as Explanation
+    from captionfix.explanation import Explanations as Explanations
     from captionfix.explanation import Word as Word
     from captionfix.explanation import read as read
     from captionfix.unravel import Policy as Policy
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Captioner": "captionfix.captioners.captioner",
     "Policy": "captionfix.unravel",
     "Explanation": "captionfix.explanation",
+    "Explanations": "captionfix.explanation",
     "Word": "captionfix.explanation",
     "read": "captionfix.explanation",
     "CaptionfixError": "captionfix.errors",

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import map_to_pixels
 from .captioners.captioner import Captioner, Prepared
 from .errors import CaptionerError, CaptionError, PolicyError
-from .explanation import Explanation, Word
+from .explanation import Explanation, Explanations, Word
 from .images import read_image
 from .unravel import Policy
 from .word_to_map import Caption, Flow, attention, flow, image_effect, joined, normalised, removal
@@ -98,7 +98,7 @@ def explain(
     beams: int = 3,
     unknown: Literal["error", "map"] = "error",
     batch_size: int = 16,
-) -> list[Explanation]: ...
+) -> Explanations: ...
 @overload
 def explain(
     captioner: Captioner,
@@ -123,7 +123,7 @@ def explain(
     beams: int = 3,
     unknown: Literal["error", "map"] = "error",
     batch_size: int = 16,
-) -> Explanation | list[Explanation]:
+) -> Explanation | Explanations:
     """Shows where each word of a caption comes from.
 
     The image is captioned (or the given caption taken), the caption is decoded once teacher-forced, and every word's
@@ -132,7 +132,7 @@ def explain(
     Args:
         captioner: what `captionfix.load` returns, or a `Captioner` of your own.
         images: a path, PIL image, array (H, W, 3) or tensor (3, H, W); a list or tuple of them gives a list of
-            explanations.
+            explanations, which shows itself as a contact sheet in a notebook.
         caption: anybody's caption instead of the captioner's own; for several images one for all, or one each.
         contrast: ``{"dog": "cat"}`` explains "dog" by what speaks for it and against "cat". Keys are words of the
             caption (all their occurrences) or places. ``"alternatives"`` explains every word's flow by what speaks for
@@ -170,7 +170,7 @@ def explain(
         raise CaptionError(f"contrast {contrast!r}: give {{word: other word}}, or 'alternatives'")
     settings = settle(captioner, method, policy)
     given = [None if caption is None else captioner.tokenize(caption, unknown) for caption in captions]
-    explanations: list[Explanation] = []
+    explanations = Explanations()
     # full tables hold every cell of a batch for every word: image by image they stay small
     step = 1 if settings.leg is not None and (settings.policy.full or settings.policy.everything) else batch_size
     for first in range(0, len(pictures), step):

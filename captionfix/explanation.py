@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 from PIL import Image
@@ -275,6 +275,28 @@ class Explanation:
         from captionfix.render.notebook import png
 
         return png(self)
+
+
+class Explanations(list[Explanation]):
+    """A list of explanations that prints a line each and shows as a contact sheet in a notebook."""
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> Explanation: ...
+    @overload
+    def __getitem__(self, key: slice) -> Explanations: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> Explanation | Explanations:
+        """One explanation, or several by a slice, which show themselves in the same way."""
+        return Explanations(super().__getitem__(key)) if isinstance(key, slice) else super().__getitem__(key)
+
+    def __repr__(self) -> str:
+        from captionfix.render.notebook import listing
+
+        return listing(self)
+
+    def _repr_html_(self) -> str:
+        from captionfix.render.notebook import sheet
+
+        return sheet(self)
 
 
 def read(folder: str | os.PathLike[str]) -> Explanation:

@@ -124,6 +124,7 @@ def test_a_list_gives_what_single_calls_give(captioner):
     together = captionfix.explain(
         captioner, [s.image for s in scenes], caption=[s.caption for s in scenes], batch_size=2
     )
+    assert isinstance(together, captionfix.Explanations)
     for made, result in zip(scenes, together, strict=True):
         alone = captionfix.explain(captioner, made.image, caption=made.caption)
         for one, other in zip(alone, result, strict=True):

@@ -7,13 +7,19 @@ import html as markup
 import io
 import math
 
+from collections.abc import Sequence
+
 from PIL import Image
 
 from captionfix.explanation import Explanation, Word
+from captionfix.render.contact import strip
+from captionfix.render.figure import is_function
 from captionfix.render.figure import png as figure_png
 from captionfix.render.page import page
 
 _FRAMED, _FRAMED_GRID = 640, 64  # of the photograph and the maps in a notebook, which should stay small
+_MOST, _NAMED = 16, 100  # of a list, with pictures and with captions: hundreds must not make a notebook heavy
+_TILE = 120  # height of a list's photographs, in pixels
 _HEADINGS = ("word", "p", "image", "effect", "from earlier words", "instead")
 
 
@@ -61,9 +67,61 @@ def html(explanation: Explanation) -> str:
     )
 
 
+def listing(explanations: Sequence[Explanation]) -> str:
+    """Plain text, a line an explanation: its place, its caption, and the word that the picture decided least."""
+    lines = [_count(explanations)]
+    across = len(str(max(0, min(len(explanations), _NAMED) - 1)))
+    lines += [f"{place:{across}}  {_line(one)}" for place, one in enumerate(explanations[:_NAMED])]
+    return "\n".join([*lines, *_beyond(len(explanations), _NAMED)])
+
+
+def sheet(explanations: Sequence[Explanation]) -> str:
+    """A contact sheet: a strip of pictures for each explanation with its numbers folded in below it.
+
+    Beyond the first few only captions are shown, and beyond the first hundred none, so that the length is bounded.
+    """
+    blocks = []
+    for place, one in enumerate(explanations[:_MOST]):
+        picture = strip(one, f"{place}", tile=_TILE)
+        caption = markup.escape(one.caption, quote=True)
+        blocks.append(
+            f'<figure style="margin:0 0 .8em"><img src="data:image/jpeg;base64,{_encoded(picture)}" alt="{caption}" '
+            f'style="max-width:100%;background:white"><details><summary>numbers</summary>'
+            f"<pre>{markup.escape(table(one))}</pre></details></figure>"
+        )
+    rest = [markup.escape(f"{place}  {_line(one)}") for place, one in enumerate(explanations[:_NAMED])][_MOST:]
+    if rest:
+        told = "\n".join([*rest, *_beyond(len(explanations), _NAMED)])
+        blocks.append(f"<details><summary>{len(explanations) - _MOST} more</summary><pre>{told}</pre></details>")
+    head = f"<p>{_count(explanations)}; of each, the words that the picture decided most</p>" if blocks else "<p>0 explanations</p>"
+    return f'<div style="max-height:900px;overflow-y:auto">{head}{"".join(blocks)}</div>'
+
+
+def _count(explanations: Sequence[Explanation]) -> str:
+    return f"{len(explanations)} explanation{'' if len(explanations) == 1 else 's'}"
+
+
+def _line(explanation: Explanation) -> str:
+    """The caption, and which of its words that name something the picture decided least: the one to look at first."""
+    named = [word for word in explanation.words if not is_function(word) and math.isfinite(word.image_effect)]
+    text = f'"{explanation.caption}"'
+    if not named:
+        return text
+    least = min(named, key=lambda word: word.image_effect)
+    return f"{text}  (least image effect: {least.text} {least.image_effect:+.2f})"
+
+
+def _beyond(count: int, shown: int) -> list[str]:
+    return [f"... and {count - shown} more; a slice such as [{shown}:] shows them"] if count > shown else []
+
+
 def _jpeg(explanation: Explanation) -> str:
+    return _encoded(Image.open(io.BytesIO(figure_png(explanation, dpi=100))))
+
+
+def _encoded(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(figure_png(explanation, dpi=100))).convert("RGB").save(buffer, "jpeg", quality=85)
+    picture.convert("RGB").save(buffer, "jpeg", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

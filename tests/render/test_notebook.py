@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from captionfix.explanation import Explanation
+from captionfix.explanation import Explanation, Explanations
 
 
 def test_table_has_a_line_a_word(explanation: Explanation) -> None:
@@ -44,3 +44,45 @@ def test_words_are_escaped(invent: Callable[..., Explanation]) -> None:
 def test_png_for_front_ends_without_html(explanation: Explanation) -> None:
     assert Image.open(io.BytesIO(explanation._repr_png_())).format == "PNG"
     assert Image.open(io.BytesIO(explanation["dog"]._repr_png_())).size == (320, 240)
+
+
+def test_a_list_is_a_list_and_prints_a_line_each(invent: Callable[..., Explanation]) -> None:
+    both = Explanations([invent(), invent("the ball")])
+    assert isinstance(both, list)
+    assert both[1].caption == "the ball"
+    assert [one.caption for one in both[::-1]] == ["the ball", "a dog beside the ball"]
+    assert repr(both).splitlines() == [
+        "2 explanations",
+        '0  "a dog beside the ball"  (least image effect: dog +1.25)',
+        '1  "the ball"  (least image effect: ball +1.25)',
+    ]
+    assert repr(both[1:]).splitlines()[0] == "1 explanation"
+    assert repr(both[2:]) == "0 explanations"
+    assert both[2:]._repr_html_().count("<img") == 0
+
+
+def test_a_list_shows_a_strip_each(invent: Callable[..., Explanation]) -> None:
+    html = Explanations([invent(), invent("the ball")])._repr_html_()
+    strips = [Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall(r"base64,([^\"]+)\"", html)]
+    assert len(strips) == 2
+    for picture in strips:
+        assert picture.height == 190
+        assert min(picture.crop((0, 30, 100, 110)).convert("L").getextrema()) < 60  # the ramp's dark end at the left
+    assert html.count("<pre>") == 2
+    assert "dog (not cat)" in html
+
+
+def test_hundreds_stay_small(invent: Callable[..., Explanation]) -> None:
+    many = Explanations([invent()] * 150)
+    html = many._repr_html_()
+    assert len(html) < 1_500_000
+    assert html.count("<img") == 16
+    assert html.count("a dog beside the ball") >= 100
+    assert "134 more" in html
+    assert "and 50 more; a slice such as [100:] shows them" in html
+    assert len(repr(many).splitlines()) == 102
+
+
+def test_a_lists_words_are_escaped(invent: Callable[..., Explanation]) -> None:
+    html = Explanations([invent('<script>alert("x")</script> dog')] * 20)._repr_html_()
+    assert "<script>" not in html
