@@ -6,7 +6,6 @@ Points and boxes are in pixels of the original, upright image, x before y. Coord
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -126,8 +125,10 @@ class Word:
     def __repr__(self) -> str:
         return f"Word({self.text!r}, index={self.index}, p={self.probability:.3g}, fixations={len(self.fixations)})"
 
-    def _repr_png_(self) -> bytes:
-        return _png(self.overlay())
+    def _repr_jpeg_(self) -> bytes:
+        from captionfix.render.notebook import jpeg, smaller
+
+        return jpeg(smaller(self.overlay()))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -271,10 +272,10 @@ class Explanation:
 
         return html(self)
 
-    def _repr_png_(self) -> bytes:
-        from captionfix.render.notebook import png
+    def _repr_jpeg_(self) -> bytes:
+        from captionfix.render.notebook import figure_jpeg
 
-        return png(self)
+        return figure_jpeg(self)
 
 
 class Explanations(list[Explanation]):
@@ -421,9 +422,3 @@ def _number(value: float) -> float | None:
 
 def _value(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()

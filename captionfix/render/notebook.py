@@ -6,7 +6,6 @@ import base64
 import html as markup
 import io
 import math
-
 from collections.abc import Sequence
 
 from PIL import Image
@@ -44,9 +43,22 @@ def table(explanation: Explanation) -> str:
     return "\n".join([head, "", *lines])
 
 
-def png(explanation: Explanation) -> bytes:
-    """The figure as a PNG for a notebook."""
-    return figure_png(explanation, dpi=130)
+def figure_jpeg(explanation: Explanation) -> bytes:
+    """The figure for front ends that show no HTML. A JPEG: a notebook keeps every picture that was shown in it."""
+    return jpeg(Image.open(io.BytesIO(figure_png(explanation, dpi=100))))
+
+
+def smaller(picture: Image.Image) -> Image.Image:
+    """No larger than a notebook shows it."""
+    picture.thumbnail((_FRAMED, _FRAMED), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return picture
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """A picture's bytes as JPEG."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "jpeg", quality=85)
+    return buffer.getvalue()
 
 
 def html(explanation: Explanation) -> str:
@@ -59,7 +71,7 @@ def html(explanation: Explanation) -> str:
     document = markup.escape(page(explanation, largest=_FRAMED, grid=_FRAMED_GRID), quote=True)
     return (
         '<div style="position:relative;min-height:600px;max-height:860px;overflow:hidden">'
-        f'<figure style="margin:0"><img src="data:image/jpeg;base64,{_jpeg(explanation)}" alt="{caption}" '
+        f'<figure style="margin:0"><img src="data:image/jpeg;base64,{_text(figure_jpeg(explanation))}" alt="{caption}" '
         'style="max-width:100%">'
         f"<details><summary>numbers</summary><pre>{markup.escape(table(explanation))}</pre></details></figure>"
         f'<iframe sandbox="allow-scripts" title="{caption}" srcdoc="{document}" '
@@ -85,7 +97,7 @@ def sheet(explanations: Sequence[Explanation]) -> str:
         picture = strip(one, f"{place}", tile=_TILE)
         caption = markup.escape(one.caption, quote=True)
         blocks.append(
-            f'<figure style="margin:0 0 .8em"><img src="data:image/jpeg;base64,{_encoded(picture)}" alt="{caption}" '
+            f'<figure style="margin:0 0 .8em"><img src="data:image/jpeg;base64,{_text(jpeg(picture))}" alt="{caption}" '
             f'style="max-width:100%;background:white"><details><summary>numbers</summary>'
             f"<pre>{markup.escape(table(one))}</pre></details></figure>"
         )
@@ -93,7 +105,8 @@ def sheet(explanations: Sequence[Explanation]) -> str:
     if rest:
         told = "\n".join([*rest, *_beyond(len(explanations), _NAMED)])
         blocks.append(f"<details><summary>{len(explanations) - _MOST} more</summary><pre>{told}</pre></details>")
-    head = f"<p>{_count(explanations)}; of each, the words that the picture decided most</p>" if blocks else "<p>0 explanations</p>"
+    what = "; of each, the words that the picture decided most" if blocks else ""
+    head = f"<p>{_count(explanations)}{what}</p>"
     return f'<div style="max-height:900px;overflow-y:auto">{head}{"".join(blocks)}</div>'
 
 
@@ -115,14 +128,8 @@ def _beyond(count: int, shown: int) -> list[str]:
     return [f"... and {count - shown} more; a slice such as [{shown}:] shows them"] if count > shown else []
 
 
-def _jpeg(explanation: Explanation) -> str:
-    return _encoded(Image.open(io.BytesIO(figure_png(explanation, dpi=100))))
-
-
-def _encoded(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "jpeg", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _text(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
 
 
 def _row(word: Word) -> tuple[str, ...]:

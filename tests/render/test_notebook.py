@@ -41,9 +41,14 @@ def test_words_are_escaped(invent: Callable[..., Explanation]) -> None:
     assert 'alt="&lt;script&gt;alert(&quot;x&quot;)' in html
 
 
-def test_png_for_front_ends_without_html(explanation: Explanation) -> None:
-    assert Image.open(io.BytesIO(explanation._repr_png_())).format == "PNG"
-    assert Image.open(io.BytesIO(explanation["dog"]._repr_png_())).size == (320, 240)
+def test_jpeg_for_front_ends_without_html(invent: Callable[..., Explanation]) -> None:
+    explanation = invent(size=(320, 240))
+    assert Image.open(io.BytesIO(explanation._repr_jpeg_())).format == "JPEG"
+    assert Image.open(io.BytesIO(explanation["dog"]._repr_jpeg_())).size == (320, 240)
+
+
+def test_a_large_photographs_word_is_shown_smaller(invent: Callable[..., Explanation]) -> None:
+    assert Image.open(io.BytesIO(invent(size=(2000, 1500))["dog"]._repr_jpeg_())).size == (640, 480)
 
 
 def test_a_list_is_a_list_and_prints_a_line_each(invent: Callable[..., Explanation]) -> None:
