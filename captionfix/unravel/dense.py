@@ -1,4 +1,4 @@
-"""Evidence when everything is kept: a full table instead of a sparse one, (2 directions, words, cells of a storage).
+"""Evidence when everything is kept: full tables instead of a sparse one, (words, cells of a storage) a direction.
 
 The rules are the same; each is asked once for all neurons that hold anything, and its links move all words at once.
 Convolutions and
@@ -10,7 +10,7 @@ rule without its restriction to positive activations), so a few passes of the op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,56 +30,96 @@ DENSE = frozenset({*_CONVOLUTIONS, "linear"})
 _NUMBERS = 1 << 24  # products held at once
 
 
-def move(operation: Operation, number: int, field: Tensor, policy: Policy) -> tuple[Slot, Tensor]:
+class Field:
+    """What all words hold of a tensor: (words, elements) mass of direction +1 and of direction -1, None where there is
+    none at all. After a ReLU all directions are +1, so half of the work is to know that.
+    """
+
+    __slots__ = ("parts",)
+
+    def __init__(self, up: Tensor | None = None, down: Tensor | None = None):
+        self.parts = [up, down]
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(0, +1, mass) and (1, -1, mass) of the directions that there are."""
+        for row, direction in ((0, 1), (1, -1)):
+            mass = self.parts[row]
+            if mass is not None:
+                yield row, direction, mass
+
+    def at(self, cells: Tensor) -> Field:
+        """The same field of some elements."""
+        return Field(*(None if mass is None else mass[:, cells] for mass in self.parts))
+
+
+def move(operation: Operation, number: int, field: Field, policy: Policy) -> tuple[Slot, Field, Tensor]:
     """Moves evidence through a linear operation, everything kept.
 
     Args:
         operation: a convolution or a fully connected layer.
         number: which output the evidence is on.
-        field: (2, words, elements) mass on the output's elements; first direction +1, then -1.
+        field: mass on the output's elements.
         policy: with ``mass="set"`` all that agree count alike.
 
     Returns:
-        the input's slot, and (2, words, elements) mass on its elements. What is missing found no agreement.
+        the input's slot, mass on its elements, and (words,) the mass that found no agreement.
     """
     slot: Slot = operation.args[0]
     out = operation.outputs[number]
     assert out is not None
     x, weight = slot.read(), operation.args[1].read()
     forward, transpose = _both_ways(operation, slot)
-    signals = [
-        (towards, signal) for towards, signal in ((1, x.clamp_min(0)), (-1, x.clamp_max(0))) if bool(signal.any())
-    ]
-    gains = field.new_zeros(2, field.shape[1], slot.numel)
-    for direction, mass in zip((1, -1), field, strict=True):
-        if not bool(mass.any()):
-            continue
+    signals = [(0, 1, x.clamp_min(0))]
+    if bool((x < 0).any()):
+        signals.append((1, -1, x.clamp_max(0)))
+    gains, lost = Field(), None
+    for _, direction, mass in field:
         # contributions that agree: signs of signal and weight alike for direction +1, unlike for -1
         pairs = [
-            (towards, signal, (weight * (direction * towards)).clamp_min(0) * towards) for towards, signal in signals
+            (row, signal, (weight * (direction * towards)).clamp_min(0) * towards) for row, towards, signal in signals
         ]
         if policy.mass == "set":
-            pairs = [(towards, signal.ne(0).to(x.dtype), taps.ne(0).to(x.dtype)) for towards, signal, taps in pairs]
+            pairs = [(row, signal.ne(0).to(x.dtype), taps.ne(0).to(x.dtype)) for row, signal, taps in pairs]
         total = sum((forward(signal, taps).reshape(-1) for _, signal, taps in pairs), x.new_zeros(out.numel))
-        ratio = torch.where(total > 0, mass / total.clamp_min(torch.finfo(total.dtype).tiny), torch.zeros_like(mass))
-        for towards, signal, taps in pairs:
+        agrees = total > 0
+        ratio = mass * torch.where(agrees, 1 / total.clamp_min(torch.finfo(total.dtype).tiny), 0)
+        ended = mass @ (~agrees).to(mass.dtype)
+        lost = ended if lost is None else lost + ended
+        for row, signal, taps in pairs:
             back = transpose(ratio.view(-1, *out.shape), taps).reshape(len(ratio), -1)
-            gains[0 if towards > 0 else 1] += back * signal.reshape(-1)
-    return slot, gains
+            back *= signal.reshape(-1)
+            known = gains.parts[row]
+            gains.parts[row] = back if known is None else known.add_(back)
+    assert lost is not None
+    return slot, gains, lost
 
 
-def to_field(evidence: Evidence, words: int, elements: int) -> Tensor:
-    """(2, words, elements) from a table."""
-    field = evidence.mass.new_zeros(2 * words * elements)
-    index = ((evidence.direction < 0).long() * words + evidence.word) * elements + evidence.element
-    return field.index_add_(0, index, evidence.mass).view(2, words, elements)
+def to_field(evidence: Evidence, words: int, elements: int) -> Field:
+    """A field of ``elements`` from a table."""
+    parts: list[Tensor | None] = []
+    for chosen in (evidence.direction > 0, evidence.direction < 0):
+        if not bool(chosen.any()):
+            parts.append(None)
+            continue
+        part = evidence.where(chosen)
+        parts.append(part.dense(words, elements))
+    return Field(*parts)
 
 
-def to_evidence(field: Tensor) -> Evidence:
-    """The table of a (2, words, elements) field, sorted by word."""
-    word, negative, element = torch.nonzero(field.transpose(0, 1) > 0, as_tuple=True)
-    mass = field[negative, word, element]
-    return Evidence(word, element, (1 - 2 * negative).to(mass.dtype), mass, True)
+def to_evidence(field: Field) -> Evidence:
+    """The table of a field that is not empty, sorted by word."""
+    tables = []
+    for _, direction, mass in field:
+        word, element = torch.nonzero(mass > 0, as_tuple=True)
+        held = mass[word, element]
+        tables.append(Evidence(word, element, torch.full_like(held, direction), held, True))
+    if len(tables) == 1:
+        return tables[0]
+    both = Evidence(
+        *(torch.cat([getattr(t, name) for t in tables]) for name in ("word", "element", "direction", "mass"))
+    )
+    both = both.where(torch.argsort(both.word, stable=True))
+    return Evidence(both.word, both.element, both.direction, both.mass, True)
 
 
 class Fields:
@@ -87,47 +127,60 @@ class Fields:
 
     def __init__(self, words: int, reference: Tensor):
         self.words, self.reference = words, reference
-        self.waiting: dict[Value, Tensor] = {}
+        self.waiting: dict[Value, Field] = {}
 
-    def at(self, slot: Slot) -> Tensor:
-        """The table (2, words, cells) of a slot's value, made where there is none."""
-        if slot.value not in self.waiting:
-            cells = (
-                slot.value.cells
-                if slot.value.base is not None
-                else 1
-                + slot.offset
-                + sum((extent - 1) * stride for extent, stride in zip(slot.shape, slot.stride, strict=True))
-            )
-            self.waiting[slot.value] = self.reference.new_zeros(2, self.words, cells)
-        return self.waiting[slot.value]
+    def target(self, slot: Slot, row: int) -> Tensor:
+        """The (words, cells) mass of one direction on a slot's value, made where there is none."""
+        field = self.waiting.setdefault(slot.value, Field())
+        mass = field.parts[row]
+        if mass is None:
+            mass = field.parts[row] = self.reference.new_zeros(self.words, _cells(slot))
+        return mass
 
-    def add(self, slot: Slot, field: Tensor) -> None:
-        """Adds (2, words, elements) to a slot's elements."""
-        target = self.at(slot)
-        if slot.is_plain() and slot.numel == target.shape[2]:
-            target += field
-        else:
-            target.index_add_(2, slot.cells(torch.arange(slot.numel, device=field.device)), field)
+    def add(self, slot: Slot, row: int, mass: Tensor) -> None:
+        """Adds (words, elements) of one direction to a slot's elements; the tensor is the field's from then on."""
+        if not (slot.is_plain() and slot.numel == _cells(slot)):
+            cells = slot.cells(torch.arange(slot.numel, device=mass.device))
+            self.target(slot, row).index_add_(1, cells, mass)
+            return
+        parts = self.waiting.setdefault(slot.value, Field()).parts
+        known = parts[row]
+        parts[row] = mass if known is None else known.add_(mass)
 
-    def follow(self, links: Sequence[Link], mass: Tensor, neurons: int) -> Tensor:
-        """Moves (words, neurons) mass along a rule's links; what moved of each word."""
-        moved = mass.new_zeros(self.words)
+    def add_field(self, slot: Slot, field: Field) -> None:
+        for row, _, mass in field:
+            self.add(slot, row, mass)
+
+    def follow(self, links: Sequence[Link], mass: Tensor, neurons: Tensor) -> Tensor:
+        """Moves (words, neurons) mass along a rule's links; (words,) what stayed."""
+        kept = mass.new_zeros(len(neurons))
         for slot, index, share, direction in links:
-            target = self.at(slot)
+            kept += share.sum(1)
+            if index.data_ptr() == neurons.data_ptr() and index.shape[1] == 1 and len(neurons) == slot.numel:
+                up = direction[:, 0] > 0  # every element to the same one: nothing to look up
+                for row, which in ((0, up), (1, ~up)):
+                    if bool(which.any()):
+                        self.add(slot, row, mass * torch.where(which, share[:, 0], 0))
+                continue
             width = index.shape[1]
-            for first in range(0, neurons, step := max(1, _NUMBERS // max(1, self.words * width))):
+            for first in range(0, len(neurons), step := max(1, _NUMBERS // max(1, self.words * width))):
                 part = slice(first, first + step)
                 cells = slot.cells(index[part]).reshape(-1)
                 amount = (mass[:, part, None] * share[part]).flatten(1)
-                moved += amount.sum(1)
                 up = (direction[part].expand(-1, width) > 0).reshape(-1)
                 for row, which in ((0, up), (1, ~up)):
                     if bool(which.all()):
-                        target[row].index_add_(1, cells, amount)
+                        self.target(slot, row).index_add_(1, cells, amount)
                     elif bool(which.any()):
-                        target[row].index_add_(1, cells[which], amount[:, which])
-        return moved
+                        self.target(slot, row).index_add_(1, cells[which], amount[:, which])
+        return mass @ (1 - kept).clamp_min(0)
+
+
+def _cells(slot: Slot) -> int:
+    """How many cells a table over a slot's value has."""
+    if slot.value.base is not None:
+        return slot.value.cells
+    return 1 + slot.offset + sum((extent - 1) * stride for extent, stride in zip(slot.shape, slot.stride, strict=True))
 
 
 def each(number: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
@@ -155,7 +208,13 @@ def _both_ways(
         result: Tensor = operation.func(x, weight, None, stride, padding, dilation, groups)
         return result
 
+    one = all(extent == 1 for extent in operation.args[1].shape[2:]) and padding in ((0,) * dimensions, "valid")
+    mixes = one and groups == 1 and stride == (1,) * dimensions
+
     def transpose(ratio: Tensor, weight: Tensor) -> Tensor:
+        if mixes:  # of the channels at each position: a matrix product
+            flat = ratio.flatten(-dimensions)
+            return torch.matmul(weight.flatten(1).t(), flat.reshape(-1, *flat.shape[-2:]))
         lead = ratio.shape[: ratio.dim() - dimensions - 1]  # words, and images where there is a batch
         size = (lead.numel(), *slot.shape[-dimensions - 1 :])
         grad = ratio.reshape(size[0], *ratio.shape[-dimensions - 1 :])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperation
-from .dense import DENSE, Fields, move, to_evidence, to_field
+from .dense import DENSE, Field, Fields, move, to_evidence, to_field
 from .evidence import Evidence, join
 from .policy import Policy
 from .registry import RULES, Link, Rule, find
@@ -108,9 +108,8 @@ def walk(
     if first < len(operations):
         fields = Fields(words, reference)
         for slot, evidence in targets:
-            fields.add(slot, to_field(evidence, words, slot.numel))
+            fields.add_field(slot, to_field(evidence, words, slot.numel))
         _walk_dense(operations[first:], fields, account, policy if tables else policy.unlimited, wanted, stop)
-        account.bias.clamp_min_(0)
         pending = {value: [to_evidence(field)] for value, field in fields.waiting.items()}
     _walk(operations[:first], pending, account, policy, wanted, stop)
     for value, parts in pending.items():
@@ -208,8 +207,8 @@ def _apply(
         if operation.name in DENSE and policy.dense(operation):
             out = operation.outputs[number]
             assert out is not None
-            slot, field = move(operation, number, to_field(evidence, account.words, out.numel), policy)
-            account.bias += evidence.per_word(account.words) - field.sum((0, 2))
+            slot, field, lost = move(operation, number, to_field(evidence, account.words, out.numel), policy)
+            account.bias += lost
             part = to_evidence(field)
             pending.setdefault(slot.value, []).append(
                 part.at(slot.cells(part.element))
@@ -303,19 +302,21 @@ def _walk_dense(
 ) -> None:
     """As `_walk`, over full tables."""
     for operation in reversed(operations):
-        arrived: dict[int, Tensor] = {}
+        arrived: dict[int, Field] = {}
         for number, slot in enumerate(operation.outputs):
             if slot is None or slot.value not in fields.waiting or not slot.value.variable:
                 continue
             field = fields.waiting.pop(slot.value)
             if slot.value in wanted and _cut(slot.value, to_evidence(field), account, wanted) and stop:
                 continue
-            if not (slot.is_plain() and slot.numel == field.shape[2]):
-                cells = slot.cells(torch.arange(slot.numel, device=field.device))
-                whole, field = field, field[:, :, cells]
-                whole[:, :, cells] = 0
-                if slot.value.previous is not None and bool(whole.any()):  # cells that the write did not touch
-                    fields.at(Slot(slot.value.previous, (whole.shape[2],), (1,), 0)).add_(whole)
+            if not (slot.is_plain() and all(slot.numel == mass.shape[1] for _, _, mass in field)):
+                cells = slot.cells(torch.arange(slot.numel, device=account.bias.device))
+                whole, field = field, field.at(cells)
+                if slot.value.previous is not None:  # cells that the write did not touch
+                    for row, _, mass in whole:
+                        mass[:, cells] = 0
+                        if bool(mass.any()):
+                            fields.add(Slot(slot.value.previous, (mass.shape[1],), (1,), 0), row, mass)
             arrived[number] = field
         if not arrived:
             continue
@@ -324,22 +325,27 @@ def _walk_dense(
         if equations is not None:
             inner, slots = _expanded(operation, equations)
             for number, field in arrived.items():
-                fields.add(slots[number], field)
+                fields.add_field(slots[number], field)
             _walk_dense(inner, fields, account, policy, {}, False)
             continue
         assert rule.function is not None
         for number, field in arrived.items():
-            account.bias += field.sum((0, 2))
             if operation.name in DENSE and policy.dense(operation):
-                slot, field = move(operation, number, field, policy)
-                fields.add(slot, field)
-                account.bias -= field.sum((0, 2))
+                into, field, lost = move(operation, number, field, policy)
+                fields.add_field(into, field)
+                account.bias += lost
                 continue
-            for direction, mass in zip((1.0, -1.0), field, strict=True):
-                neurons = torch.nonzero(mass.any(0))[:, 0]
+            for _, direction, mass in field:
+                held = mass.sum(0) > 0
+                if 4 * int(held.sum()) > len(held):  # so many that it is cheaper not to choose them
+                    neurons = torch.arange(len(held), device=mass.device)
+                else:
+                    neurons = torch.nonzero(held)[:, 0]
+                    mass = mass[:, neurons]
                 if len(neurons):
-                    links = rule.function(operation, number, neurons, mass.new_full((len(neurons),), direction), policy)
-                    account.bias -= fields.follow(links, mass[:, neurons], len(neurons))
+                    towards = mass.new_full((len(neurons),), float(direction))
+                    links = rule.function(operation, number, neurons, towards, policy)
+                    account.bias += fields.follow(links, mass, neurons)
         operation.memo.clear()
 
 
