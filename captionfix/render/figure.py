@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from captionfix.render.shown import ShownFigure
+
 COLOURS = "plasma"
 """Perceptually uniform, and even its dark end is a colour, so that faint evidence shows on dark things as well."""
 DRAWN = 0.03
@@ -159,7 +161,7 @@ def figure(
     width: float = 7.2,
     colours: str = COLOURS,
     title: bool = True,
-) -> Figure:
+) -> ShownFigure:
     """The photograph, then each word's map over it, all on one colour scale; function words are dimmed.
 
     Under each word stand its probability and its image share (where no flow was run: its image effect, in nats).
@@ -178,17 +180,19 @@ def figure(
         title: Whether the caption stands above.
 
     Returns:
-        A matplotlib figure that belongs to no window; ``figure.savefig("caption.pdf")`` writes it.
+        A matplotlib figure that belongs to no window and shows itself in a notebook;
+        ``figure.savefig("caption.pdf")`` writes it.
 
     Raises:
         CaptionError: A word that the caption does not have.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from captionfix.render.shown import ShownFigure
 
     chosen = [explanation[key] for key in (range(len(explanation)) if words is None else words)]
     plan = _plan(explanation, len(chosen) + 1, columns, width, title)
-    result = Figure(figsize=(plan.width, plan.height), facecolor="white")
+    result = ShownFigure(figsize=(plan.width, plan.height), facecolor="white")
     FigureCanvasAgg(result)
     if title:
         top = 1 - 0.08 / plan.height

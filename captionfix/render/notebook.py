@@ -12,8 +12,7 @@ from PIL import Image
 
 from captionfix.explanation import Explanation, Word
 from captionfix.render.contact import strip
-from captionfix.render.figure import is_function
-from captionfix.render.figure import png as figure_png
+from captionfix.render.figure import figure, is_function
 from captionfix.render.page import page
 
 _FRAMED, _FRAMED_GRID = 640, 64  # of the photograph and the maps in a notebook, which should stay small
@@ -44,8 +43,8 @@ def table(explanation: Explanation) -> str:
 
 
 def figure_jpeg(explanation: Explanation) -> bytes:
-    """The figure for front ends that show no HTML. A JPEG: a notebook keeps every picture that was shown in it."""
-    return jpeg(Image.open(io.BytesIO(figure_png(explanation, dpi=100))))
+    """The figure for front ends that show no HTML."""
+    return figure(explanation)._repr_jpeg_()
 
 
 def smaller(picture: Image.Image) -> Image.Image:
@@ -55,7 +54,7 @@ def smaller(picture: Image.Image) -> Image.Image:
 
 
 def jpeg(picture: Image.Image) -> bytes:
-    """A picture's bytes as JPEG."""
+    """A picture's bytes as JPEG: a notebook keeps every picture that was shown in it."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "jpeg", quality=85)
     return buffer.getvalue()

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable
 
+import pytest
 from PIL import Image
 
 from captionfix.explanation import Explanation, Explanations
@@ -44,6 +45,8 @@ def test_words_are_escaped(invent: Callable[..., Explanation]) -> None:
 def test_jpeg_for_front_ends_without_html(invent: Callable[..., Explanation]) -> None:
     explanation = invent(size=(320, 240))
     assert Image.open(io.BytesIO(explanation._repr_jpeg_())).format == "JPEG"
+    figure = explanation.figure(width=6)
+    assert Image.open(io.BytesIO(figure._repr_jpeg_())).size == pytest.approx(figure.get_size_inches() * 110, abs=1)
     assert Image.open(io.BytesIO(explanation["dog"]._repr_jpeg_())).size == (320, 240)
 
 
