@@ -8,6 +8,7 @@ where it was cut off. Several processes: `torchrun --nproc-per-node N --no-pytho
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -306,9 +307,12 @@ def _pretrained_cnn(source: str | Path) -> tuple[dict[str, Any], dict[str, torch
 
 
 def _keep_features(model: CaptionerModel, examples: Sequence[Captioned], file: Path, size: int) -> np.ndarray:
-    """(N, 2, F, h, w) float16: the CNN's map of every image and of its mirror image, kept in `file`."""
+    """(N, 2, F, h, w) float16: the CNN's map of every image and of its mirror image, kept in `file`. Of several
+    processes on a machine the first makes it and the others wait: on large data it is the longest step and file."""
     import torch
 
+    while int(os.environ.get("LOCAL_RANK", "0")) and not file.is_file():
+        time.sleep(1)
     if not file.is_file():
         part, out, step = file.with_suffix(f".{os.getpid()}.part"), None, 16
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -120,6 +120,7 @@ def fit(
         label_names=["labels"],
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        average_tokens_across_devices=False,  # the model's loss is a mean: else it would count once for each process
     )
     trainer = Trainer(
         model=model,
