@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
-from .evidence import Evidence
+from .evidence import Evidence, join
 from .policy import Policy
 from .registry import Link
 from .trace import Operation, Slot, Value
@@ -115,11 +115,9 @@ def to_evidence(field: Field) -> Evidence:
         tables.append(Evidence(word, element, torch.full_like(held, direction), held, True))
     if len(tables) == 1:
         return tables[0]
-    both = Evidence(
-        *(torch.cat([getattr(t, name) for t in tables]) for name in ("word", "element", "direction", "mass"))
-    )
-    both = both.where(torch.argsort(both.word, stable=True))
-    return Evidence(both.word, both.element, both.direction, both.mass, True)
+    both = join(tables)
+    order = torch.argsort(both.word, stable=True)
+    return Evidence(both.word[order], both.element[order], both.direction[order], both.mass[order], True)
 
 
 class Fields:

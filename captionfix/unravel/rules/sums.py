@@ -30,19 +30,27 @@ def weighted(
         the link to the kept contributors. A contributor that agrees has the direction of its own sign: the word wants
         a positive one higher and a negative one lower, whatever its weight.
     """
-    x = slot.take(index.clamp_min(0))
-    x = torch.where(index < 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
-    contributions = (x if weights is None else x * weights) * direction[:, None]
-    if policy.opposed == "input":  # padding's zero is no input, even where it is the least opposed
-        contributions = torch.where(index < 0, -torch.inf, contributions)
-    column, share = split(contributions, keep, policy)
-    if policy.opposed == "input":
-        share = torch.where(index.gather(1, column) < 0, torch.zeros_like(share), share)
-    chosen = x.gather(1, column)
-    towards = sign(chosen)
-    if policy.opposed == "input":
-        towards = direction[:, None] if weights is None else direction[:, None] * sign(weights.gather(1, column))
+    missing = index < 0
+    x = torch.where(missing, 0, slot.take(index.clamp_min(0)))
+    column, share, towards = _agreeing(x, weights, direction, keep, policy, missing)
     return Link(slot, index.gather(1, column).clamp_min(0), share, towards)
+
+
+def _agreeing(
+    x: Tensor, weights: Tensor | None, direction: Tensor, keep: int | None, policy: Policy, missing: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of the contributors kept of ``x`` (D, K), their shares and directions, each (D, k)."""
+    contributions = (x if weights is None else x * weights) * direction[:, None]
+    if policy.opposed == "bias":
+        column, share = split(contributions, keep, policy)
+        return column, share, sign(x.gather(1, column))
+    if missing is not None:  # padding's zero is no input, even where it is the least opposed
+        contributions = torch.where(missing, -torch.inf, contributions)
+    column, share = split(contributions, keep, policy)
+    if missing is not None:
+        share = torch.where(missing.gather(1, column), torch.zeros_like(share), share)
+    towards = direction[:, None] if weights is None else direction[:, None] * sign(weights.gather(1, column))
+    return column, share, towards
 
 
 @register("linear", "mm", "mv")
@@ -58,11 +66,12 @@ def linear(op: Operation, output: int, neurons: Tensor, direction: Tensor, polic
     rows = weight.read() if op.name == "linear" else torch.atleast_2d(weight.read().t())
     keep = policy.linear_keeps(op)
     features = x.shape[-1]
+    values = x.read().reshape(-1, features)
     links = []
     for part in chunks(len(neurons), features):
-        row, column = neurons[part].div(len(rows), rounding_mode="floor"), neurons[part].remainder(len(rows))
-        index = row[:, None] * features + torch.arange(features, device=neurons.device)
-        links.append(weighted(x, index, rows[column], direction[part], keep, policy))
+        row, unit = neurons[part].div(len(rows), rounding_mode="floor"), neurons[part].remainder(len(rows))
+        column, share, towards = _agreeing(values[row], rows[unit], direction[part], keep, policy, None)
+        links.append(Link(x, row[:, None] * features + column, share, towards))
     return [concatenated(links)]
 
 
