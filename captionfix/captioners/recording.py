@@ -83,9 +83,9 @@ def _calls_into(calls: list[Call], trace: Trace) -> Iterator[None]:
             call = open_calls.pop()
             call.end = moment
             call.template = _template(output)
-            call.depends = any(trace.slot(tensor).value.variable for tensor in tensors_in(output))
+            call.depends = any(trace.locate(tensor).value.variable for tensor in tensors_in(output))
             if isinstance(output, Tensor):
-                call.key, call.shape = key(trace.slot(output)), tuple(output.shape)
+                call.key, call.shape = key(trace.locate(output)), tuple(output.shape)
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:

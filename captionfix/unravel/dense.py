@@ -132,12 +132,12 @@ class Fields:
         field = self.waiting.setdefault(slot.value, Field())
         mass = field.parts[row]
         if mass is None:
-            mass = field.parts[row] = self.reference.new_zeros(self.words, _cells(slot))
+            mass = field.parts[row] = self.reference.new_zeros(self.words, slot.value.cells)
         return mass
 
     def add(self, slot: Slot, row: int, mass: Tensor) -> None:
         """Adds (words, elements) of one direction to a slot's elements; the tensor is the field's from then on."""
-        if not (slot.is_plain() and slot.numel == _cells(slot)):
+        if not (slot.is_plain() and slot.numel == slot.value.cells):
             cells = slot.cells(torch.arange(slot.numel, device=mass.device))
             self.target(slot, row).index_add_(1, cells, mass)
             return
@@ -172,13 +172,6 @@ class Fields:
                     elif bool(which.any()):
                         self.target(slot, row).index_add_(1, cells[which], amount[:, which])
         return mass @ (1 - kept).clamp_min(0)
-
-
-def _cells(slot: Slot) -> int:
-    """How many cells a table over a slot's value has."""
-    if slot.value.base is not None:
-        return slot.value.cells
-    return 1 + slot.offset + sum((extent - 1) * stride for extent, stride in zip(slot.shape, slot.stride, strict=True))
 
 
 def each(number: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

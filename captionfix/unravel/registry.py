@@ -12,7 +12,7 @@ by the equations it stands for: it is a function of the operation's tensors that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -39,7 +39,8 @@ class Rule:
     """A registered rule.
 
     Attributes:
-        reads: whether it looks at its inputs' contents, which must then survive in-place writes.
+        reads: whether it looks at its inputs' contents, which are then held and survive in-place writes; or the
+            positions of the arguments that it looks at (keyword arguments always).
         expansion: the equations that are walked instead of the operation, where there is no function.
         equations: the equations that are walked instead of the function where everything is kept.
         pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements.
@@ -47,7 +48,7 @@ class Rule:
 
     function: Callable[..., list[Link]] | None
     expansion: Callable[..., Any] | None = None
-    reads: bool = True
+    reads: bool | frozenset[int] = True
     pointwise: bool = False
     equations: Callable[..., Any] | None = None
 
@@ -56,18 +57,20 @@ RULES: dict[str, Rule] = {}
 
 
 def register(
-    *names: str, reads: bool = True, pointwise: bool = False
+    *names: str, reads: bool | Iterable[int] = True, pointwise: bool = False
 ) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
     """Registers a rule for operations by the name they have in ``torch.ops.aten``, as ``"conv2d"``.
 
     An in-place form (``relu_``) and every overload follow the same rule. ``reads=False`` promises that the rule does
-    not look at its inputs' contents; ``pointwise=True``, that it gives one link with k = 1 that takes distinct neurons
-    to distinct elements.
+    not look at its inputs' contents, ``reads=(1,)`` that it looks at those of argument 1 (and of keyword arguments)
+    only; ``pointwise=True``, that it gives one link with k = 1 that takes distinct neurons to distinct elements.
     """
+
+    looked = reads if isinstance(reads, bool) else frozenset(reads)
 
     def decorate(function: Callable[..., list[Link]]) -> Callable[..., list[Link]]:
         for name in names:
-            RULES[name] = Rule(function, reads=reads, pointwise=pointwise)
+            RULES[name] = Rule(function, reads=looked, pointwise=pointwise)
         find.cache_clear()
         return function
 

@@ -16,49 +16,70 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UnsupportedOperation
 from .registry import find, is_composite, op_name
 
-_OVERWRITTEN = "a rule wants to read a value that was overwritten in place; it must not be registered with reads=False"
+_OVERWRITTEN = (
+    "a rule wants to read a value that was not held, or was overwritten in place; it must not be registered with "
+    "reads=False"
+)
 
 
 class Value:
     """What one storage held between two writes.
 
+    Its contents are held only where something wants to read them: most of what a pass computes is read by no rule and
+    goes as it would unrecorded. The storage's address stays taken as long as the value is there.
+
     Attributes:
+        base: a tensor on the storage, or None where nothing wants to read the contents.
         producer: the operation that wrote it, or None for a leaf (an input, a weight, a constant).
         previous: the storage's value before that write: what lies in the cells that the producer did not write.
         variable: whether it depends on a watched input.
         read_later: whether a rule of an operation that was recorded so far will want to read it.
         size: bytes an element.
+        cells: how many elements the storage holds.
+        device: where it lies.
+        dtype: type of its elements.
     """
 
-    __slots__ = ("base", "number", "parameter", "previous", "producer", "read_later", "size", "variable")
+    __slots__ = (
+        "base",
+        "cells",
+        "device",
+        "dtype",
+        "number",
+        "parameter",
+        "previous",
+        "producer",
+        "read_later",
+        "reserved",
+        "size",
+        "variable",
+    )
 
-    def __init__(self, number: int, base: Tensor, producer: Operation | None, previous: Value | None, variable: bool):
+    def __init__(self, number: int, tensor: Tensor, producer: Operation | None, previous: Value | None, variable: bool):
+        storage = tensor.untyped_storage()
         self.number = number
-        self.base: Tensor | None = base
+        self.base: Tensor | None = tensor if producer is None else None
+        self.reserved = StorageWeakRef(storage) if producer is not None else None  # else the tensor holds it
         self.producer = producer
         self.previous = previous
         self.variable = variable
         self.read_later = False
-        self.size = base.element_size()
-        self.parameter = isinstance(base, nn.Parameter)
+        self.size = tensor.element_size()
+        self.cells = storage.nbytes() // self.size
+        self.device, self.dtype = tensor.device, tensor.dtype
+        self.parameter = isinstance(tensor, nn.Parameter)
 
     def keep(self) -> None:
         """Copies the contents away, because the storage is about to be overwritten."""
         if self.base is not None:
-            cells = self.base.untyped_storage().nbytes() // self.base.element_size()
-            self.base = self.base.detach().as_strided((cells,), (1,), 0).clone()
-
-    @property
-    def cells(self) -> int:
-        """How many elements the storage holds."""
-        assert self.base is not None
-        return self.base.untyped_storage().nbytes() // self.base.element_size()
+            self.base = self.base.detach().as_strided((self.cells,), (1,), 0).clone()
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that would make recording a third slower
@@ -122,7 +143,7 @@ class Slot:
     def elements(self, cells: Tensor) -> Tensor:
         """The row-major element numbers that lie in storage cells, -1 where the tensor does not cover the cell."""
         if self.is_plain():
-            if self.value.base is not None and self.numel == self.value.cells:
+            if self.numel == self.value.cells:
                 return cells
             return torch.where(cells < self.numel, cells, -1)
         last = self.offset + sum((extent - 1) * stride for extent, stride in zip(self.shape, self.stride, strict=True))
@@ -182,10 +203,12 @@ class Trace(TorchDispatchMode):
 
     Args:
         module: the module whose submodules' names operations should carry; None to go without names.
+        keep: hold the contents of every tensor, also of those that no rule reads.
     """
 
-    def __init__(self, module: nn.Module | None = None):
+    def __init__(self, module: nn.Module | None = None, keep: bool = False):
         super().__init__()
+        self.keep = keep
         self.operations: list[Operation] = []
         self.watched: dict[str, Slot] = {}
         self.module_outputs: dict[str, Slot] = {}
@@ -225,7 +248,7 @@ class Trace(TorchDispatchMode):
         if self._path:
             name = self._path.pop()
             if isinstance(output, Tensor) and id(module) in self._names:
-                self.module_outputs[name] = self.slot(output)
+                self.module_outputs[name] = self.locate(output)
 
     # what a user of the trace asks ----------------------------------------------------------------------------------
 
@@ -237,7 +260,14 @@ class Trace(TorchDispatchMode):
         return tensor
 
     def slot(self, tensor: Tensor) -> Slot:
-        """Where a tensor lies now."""
+        """Where a tensor lies now; its contents can be read."""
+        slot = self.locate(tensor)
+        if slot.value.base is None:
+            slot.value.base = tensor
+        return slot
+
+    def locate(self, tensor: Tensor) -> Slot:
+        """Where a tensor lies now; its contents are held only if a rule reads them."""
         key = tensor.untyped_storage()._cdata
         value = self._values.get(key)
         if value is None:
@@ -274,19 +304,18 @@ class Trace(TorchDispatchMode):
             return func(*args, **kwargs)
 
         slots: list[Slot] = []
+        reads = True if rule is None or self.keep else rule.reads
+        looked = range(len(args)) if reads is True else reads or ()
         operation = Operation(
             func,
             facts.name,
-            tuple([self._to_slot(a, slots) for a in args]),
-            {k: self._to_slot(v, slots) for k, v in kwargs.items()},
+            tuple([self._to_slot(a, slots, i in looked) for i, a in enumerate(args)]),
+            {k: self._to_slot(v, slots, bool(reads)) for k, v in kwargs.items()},
             self._path[-1] if self._path else "",
         )
-        if rule is None or rule.reads:
-            for slot in slots:
-                slot.value.read_later = True
         before: dict[int, Value] = {}
         for tensor in writes:
-            value = self.slot(tensor).value
+            value = self.locate(tensor).value
             before[tensor.untyped_storage()._cdata] = value
             if value.read_later:
                 value.keep()
@@ -322,6 +351,8 @@ class Trace(TorchDispatchMode):
                     variable or (of_before is not None and of_before.variable),
                 )
                 self._values[key] = fresh[key]
+                if self.keep:
+                    fresh[key].base = tensor
             outputs.append(Slot(fresh[key], tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
         if any(outputs):
             operation.outputs = tuple(outputs)
@@ -338,13 +369,19 @@ class Trace(TorchDispatchMode):
                 return True
         return False
 
-    def _to_slot(self, argument: Any, slots: list[Slot]) -> Any:
-        """The argument with tensors replaced by their slots, which are added to `slots`."""
+    def _to_slot(self, argument: Any, slots: list[Slot], read: bool) -> Any:
+        """The argument with tensors replaced by their slots, which are added to `slots`; whether a rule will read
+        their contents."""
         if isinstance(argument, Tensor):
-            slots.append(self.slot(argument))
-            return slots[-1]
+            slot = self.locate(argument)
+            slots.append(slot)
+            if read:
+                slot.value.read_later = True
+                if slot.value.base is None:
+                    slot.value.base = argument
+            return slot
         if isinstance(argument, (list, tuple)):
-            return [self._to_slot(item, slots) for item in argument]
+            return [self._to_slot(item, slots, read) for item in argument]
         return argument
 
 

@@ -64,9 +64,9 @@ class Account:
 
 def start(slot: Slot, elements: Sequence[int] | Tensor, direction: float = 1.0) -> Evidence:
     """Mass 1 for each word on one element of a tensor, as on its own logit."""
-    device = slot.value.base.device if slot.value.base is not None else None
+    device = slot.value.device
     element = torch.as_tensor(elements, dtype=torch.long, device=device)
-    ones = torch.ones(len(element), device=device, dtype=slot.read().dtype)
+    ones = torch.ones(len(element), device=device, dtype=slot.value.dtype)
     return Evidence(torch.arange(len(element), device=device), element, ones * direction, ones)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,7 +100,7 @@ def test_recording_a_known_network_changes_nothing(name):
     with torch.inference_mode():
         plain = network(x.clone())
     before = hook_counts()
-    with Trace(network) as trace:
+    with Trace(network, keep=True) as trace:
         image = trace.slot(trace.watch("image", x))
         traced = network(x)
         plain, traced = (o if isinstance(o, torch.Tensor) else o[0] for o in (plain, traced))
@@ -121,7 +123,7 @@ def test_recording_a_random_captioner_changes_nothing_and_replays(data):
     with torch.inference_mode():
         plain = network(pixels.clone(), tokens.clone())
     given_pixels = pixels.clone()
-    with Trace(network) as trace:
+    with Trace(network, keep=True) as trace:
         trace.watch("image", pixels)
         trace.watch("tokens", tokens)
         traced = network(pixels, tokens)
@@ -175,18 +177,19 @@ class Written(nn.Module):
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_in_place_and_functional_networks_have_the_same_evidence(name):
     x, tables = torch.randn(2, 3, 7, 6, dtype=torch.float64), []
-    for inplace in (True, False):
+    for inplace, keep in product((True, False), (True, False)):  # and whether it keeps what no rule reads
         network = Written(inplace).double().eval()
-        with Trace(network) as trace:
+        with Trace(network, keep) as trace:
             image = trace.slot(trace.watch("image", x.clone()))
             target = trace.slot(network(image.value.base))
-        assert replay(trace) > 5
+        assert replay(trace) > (5 if keep else 0)
         account = walk(trace, [(target, start(target, [0, 2, 5]))], FOLLOWED[name])
         torch.testing.assert_close(account.total(), torch.ones(3, dtype=torch.float64))
         tables.append((target.read(), account.at(image).dense(3, x.numel()), account.bias))
     assert float(tables[0][1].sum()) > 0.5
-    for mine, other in zip(*tables, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-9)
+    for each in tables[1:]:
+        for mine, other in zip(tables[0], each, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-9)
 
 
 def test_an_overwritten_input_keeps_its_own_evidence():
@@ -347,3 +350,20 @@ def test_every_operation_of_known_networks_has_a_rule():
             network(trace.watch("image", torch.randn(1, 3, size, size)))
         seen.update((op.name, find(op.func) is not None) for op in trace.operations)
     assert all(known for _, known in seen), seen
+
+
+def test_only_what_a_rule_reads_is_held():
+    """A convolution's input is read; what a batch norm and a ReLU pass on between is not, and goes as it would
+    unrecorded."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    with Trace(network) as trace:
+        trace.watch("image", x)
+        logits = network(x)
+        trace.slot(logits)
+    conv, norm, relu, last = (op.outputs[0] for op in trace.operations)
+    assert [slot.value.base is None for slot in (conv, norm, relu, last)] == [True, True, False, False]
+    assert conv.value.reserved.expired()
+    assert norm.value.reserved.expired()
+    with pytest.raises(RuntimeError, match="reads=False"):
+        norm.read()

@@ -15,7 +15,7 @@ from ..trace import Operation, Slot
 from .pointwise import MASKS
 
 # Which argument numbers are the signals; the others (indices, masks, sizes) are given to the operation as they were.
-_SIGNALS: dict[str, Sequence[int] | None] = {
+_SIGNALS: dict[str, Sequence[int]] = {
     **dict.fromkeys(["cat", "stack", "hstack", "vstack", "concat", "concatenate", "block_diag"], (0,)),
     **dict.fromkeys(
         [
@@ -99,7 +99,6 @@ _SIGNALS: dict[str, Sequence[int] | None] = {
 }
 
 
-@register(*(name for name in _SIGNALS if name not in ("scatter", "index_put", "_index_put_impl")))
 def moved(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slots, tables = _origin(op)
     origin = tables[output].reshape(-1)[neurons]
@@ -119,6 +118,11 @@ def moved(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy
     return links
 
 
+for _name, _signals in _SIGNALS.items():
+    if _name not in ("scatter", "index_put", "_index_put_impl"):
+        register(_name, reads=[i for i in range(10) if i not in _signals])(moved)
+
+
 def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
     """The signals, and for every output a tensor of its shape that says which element of which signal (numbered
     through) it is; -1 where it is a constant."""
@@ -133,8 +137,7 @@ def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
         if isinstance(argument, Slot):
             slots.append(argument)
             count += argument.numel
-            device = argument.value.base.device if argument.value.base is not None else None
-            return torch.arange(count - argument.numel, count, device=device).view(argument.shape)
+            return torch.arange(count - argument.numel, count, device=argument.value.device).view(argument.shape)
         if isinstance(argument, (list, tuple)):
             return [numbers(item) for item in argument]
         return -1 if isinstance(argument, (int, float)) and not isinstance(argument, bool) else argument
@@ -144,7 +147,7 @@ def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:
             return argument.read()
         return [plain(item) for item in argument] if isinstance(argument, (list, tuple)) else argument
 
-    signals = _SIGNALS[op.name] or ()
+    signals = _SIGNALS[op.name]
     args = [numbers(a) if i in signals else plain(a) for i, a in enumerate(op.args)]
     kwargs = {k: plain(v) for k, v in op.kwargs.items()}
     for position, name in _FILL.get(op.name, ()):

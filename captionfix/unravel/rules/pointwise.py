@@ -122,14 +122,14 @@ def prelu(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy
     "instance_norm",
     "native_batch_norm",
     "_native_batch_norm_legit_no_training",
-    reads=False,
+    reads=(1,),
     pointwise=True,
 )
 def batch_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     return _affine(op, 1, neurons, direction, channel_axis=1)
 
 
-@register("layer_norm", reads=False, pointwise=True)
+@register("layer_norm", reads=(2,), pointwise=True)
 def layer_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """Its statistics are constants."""
     slot, weight = _signal(op), op.argument(2, "weight")
@@ -138,7 +138,7 @@ def layer_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, p
     return same(slot, neurons, direction * sign(weight.read().reshape(-1))[neurons % weight.numel])
 
 
-@register("group_norm", reads=False, pointwise=True)
+@register("group_norm", reads=(2,), pointwise=True)
 def group_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """Its statistics are constants."""
     return _affine(op, 2, neurons, direction, channel_axis=1)
