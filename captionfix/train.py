@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,8 +79,10 @@ def train_scenes(
     family: Family = "show-attend-tell",
     scenes: int = 48_000,
     epochs: float = 3,
+    tune_epochs: float = 0.5,
     batch: int = 64,
     rate: float = 1.5e-3,
+    tune_rate: float = 4e-4,
     hidden: int = 256,
     start: str | Path | None = None,
     precision: Precision = "float32",
@@ -90,15 +92,18 @@ def train_scenes(
     max_steps: int = -1,
     work: str | Path | None = None,
 ) -> Path:
-    """Trains a captioner of generated scenes from nothing.
+    """Trains a captioner of generated scenes: all at once from nothing, or, with ``start``, the decoder on another
+    captioner's CNN first (on its kept features) and then everything.
 
     Args:
         out: the folder to write; it must not exist or be empty.
         family: "show-attend-tell" or "show-tell".
         scenes: number of training scenes (seeds 0, 1, ...); they are drawn once and kept in the work folder.
-        epochs: passes through them.
+        epochs: passes through them; with ``start``, of the decoder alone.
+        tune_epochs: with ``start``, of everything after that.
         batch: scenes a step.
         rate: highest learning rate.
+        tune_rate: the same of the second stage.
         hidden: units of the LSTM and size of embeddings.
         start: a captioner of scenes whose CNN is the start; None trains the CNN from nothing too.
         precision: "float32", or mixed "bf16" or "fp16".
@@ -138,19 +143,23 @@ def train_scenes(
         dropout=0.0,
         max_words=longest + 4,
     )
-    if start is not None:
-        _take_cnn(model, start)
     run = Run(model, tokenizer, SIDE, place, half=half, check=lambda c: str(score_scenes(c, 200)))
-    examples = Examples(
-        encode_captions(tokenizer, [[caption] for caption in captions], longest),
-        lambda i, _: images[i].transpose(2, 0, 1),
-        "pixel_values",
-        tokenizer.pad_token_id,
-    )
-    settings = Fit(
-        epochs, batch, rate, rate, precision=precision, seed=seed, save_every=save_every, max_steps=max_steps
-    )
-    fit(model, examples, settings, place / "fit", run.export, run.report)
+    encoded = encode_captions(tokenizer, [[caption] for caption in captions], longest)
+
+    def read(i: int) -> np.ndarray:
+        return images[i].transpose(2, 0, 1)
+
+    pictures = Examples(encoded, lambda i, _: read(i), "pixel_values", tokenizer.pad_token_id)
+    common: dict[str, Any] = {"precision": precision, "seed": seed, "save_every": save_every, "max_steps": max_steps}
+    if start is None:
+        fit(model, pictures, Fit(epochs, batch, rate, rate, **common), place / "fit", run.export, run.report)
+        return run.finish(out)
+    _take_cnn(model, start)
+    features = _keep_features(model, len(images), read, place / "features.npy")
+    first = Examples(encoded, lambda i, _: features[i, 0], "features", tokenizer.pad_token_id)
+    fit(model, first, Fit(epochs, batch, rate, 0.0, **common), place / "decoder", run.export, run.report)
+    tune = Fit(tune_epochs, batch, tune_rate, tune_rate, warmup=50, **common)
+    fit(model, pictures, tune, place / "tune", run.export, run.report)
     return run.finish(out)
 
 
@@ -272,7 +281,9 @@ def train_images(
     check = None if dev is None else lambda captioner: str(score_captions(captioner, dev[:200]))
     run = Run(model, tokenizer, size, place, half=half, check=check)
     captions = encode_captions(tokenizer, [entry.captions for entry in examples], max_words)
-    features = _keep_features(model, examples, place / "features.npy", size)
+    features = _keep_features(
+        model, len(examples), lambda i: read_square(examples[i].image, size), place / "features.npy", mirrored=True
+    )
     first = Examples(
         captions, lambda i, rng: features[i, rng.randrange(2)], "features", tokenizer.pad_token_id, 5, seed
     )
@@ -306,9 +317,14 @@ def _pretrained_cnn(source: str | Path) -> tuple[dict[str, Any], dict[str, torch
     return {**config, "model_type": model.config.model_type}, model.state_dict()
 
 
-def _keep_features(model: CaptionerModel, examples: Sequence[Captioned], file: Path, size: int) -> np.ndarray:
-    """(N, 2, F, h, w) float16: the CNN's map of every image and of its mirror image, kept in `file`. Of several
-    processes on a machine the first makes it and the others wait: on large data it is the longest step and file."""
+def _keep_features(
+    model: CaptionerModel, count: int, read: Callable[[int], np.ndarray], file: Path, mirrored: bool = False
+) -> np.ndarray:
+    """(N, 1, F, h, w) float16: the CNN's map of every image, kept in `file`; (N, 2, ...) with its mirror image's.
+
+    Of several processes on a machine the first makes it and the others wait: on large data it is the longest step and
+    file.
+    """
     import torch
 
     while int(os.environ.get("LOCAL_RANK", "0")) and not file.is_file():
@@ -317,19 +333,19 @@ def _keep_features(model: CaptionerModel, examples: Sequence[Captioned], file: P
         part, out, step = file.with_suffix(f".{os.getpid()}.part"), None, 16
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         encoder = model.encoder.eval().to(device)
-        for i in range(0, len(examples), step):
-            pixels = torch.from_numpy(np.stack([read_square(entry.image, size) for entry in examples[i : i + step]]))
+        for i in range(0, count, step):
+            pixels = torch.from_numpy(np.stack([read(k) for k in range(i, min(i + step, count))]))
             pixels = (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
-                pair = [encoder(pixels), encoder(pixels.flip(3))]
-            kept = torch.stack(pair, 1).half().cpu().numpy()
+                maps = [encoder(view) for view in ((pixels, pixels.flip(3)) if mirrored else (pixels,))]
+            kept = torch.stack(maps, 1).half().cpu().numpy()
             if out is None:
-                out = np.lib.format.open_memmap(part, "w+", np.float16, (len(examples), *kept.shape[1:]))
+                out = np.lib.format.open_memmap(part, "w+", np.float16, (count, *kept.shape[1:]))
             out[i : i + step] = kept
         assert out is not None
         out.flush()
         os.replace(part, file)
     found = np.load(file, mmap_mode="r")
-    if len(found) != len(examples):
-        raise DataError(f"{file} belongs to {len(found)} images, not to these {len(examples)}; remove it")
+    if len(found) != count:
+        raise DataError(f"{file} belongs to {len(found)} images, not to these {count}; remove it")
     return found
