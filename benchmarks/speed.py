@@ -1,88 +1,214 @@
-"""What explaining costs beside captioning: seconds of each part, and the ratio to captioning measured in the same run.
+# ruff: noqa: B023  (what is measured is called before the loop goes on)
+"""What explaining costs beside captioning: seconds of each part, and ratios measured in turn in one run.
 
-    python benchmarks/speed.py --threads 2
+    python benchmarks/speed.py parts --threads 2      # CNNs x decoders, beside Grad-CAM and integrated gradients
+    python benchmarks/speed.py curves --threads 2     # words, images in a batch, pixels
+    python benchmarks/speed.py memory --threads 2     # peak memory of captioning and of explaining
 
-Captioning is one encode and one teacher-forced decode of ten words. MobileNetV2 is the bundled photo captioner,
-ResNet-50 the same decoder on that CNN with random weights. Medians of ``--repeat`` rounds, all parts in each round.
+Captioning is one encode and one teacher-forced decode of the caption's words: the least that anybody can do. The
+weights of the CNNs and decoders other than the bundled photo captioner's (MobileNetV2 with attention) are random: speed
+depends on their shapes. Medians of ``--repeat`` rounds; every round runs each part once.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import captionfix
 from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
-from captionfix.captioners.captioner import Captioner
 from captionfix.captioners.pretrained import PretrainedCaptioner
+from captionfix.evaluate import methods
 from captionfix.explain import METHODS
-from captionfix.images import read_image
 from captionfix.unravel import Policy
 
-WORDS = 10
+# name: (CNN, its channels, side of its input)
+CNNS: dict[str, tuple[dict[str, str] | None, int, int]] = {
+    "MobileNetV2": (None, 1280, 224),  # the bundled captioner's
+    "ResNet-50": ({"model_type": "resnet"}, 2048, 224),
+    "VGG-16": ({"torchvision": "vgg16"}, 512, 224),
+    "Inception v3": ({"torchvision": "inception_v3"}, 2048, 299),
+}
+DECODERS = ("attention", "show-tell")
+POLICIES = {"default": Policy.named("default"), "fast": Policy.named("fast"), "paper": Policy.named("paper")}
 
 
-def resnet50(like: PretrainedCaptioner) -> PretrainedCaptioner:
-    """The photo captioner's decoder on a ResNet-50, random weights."""
-    settings = {
-        k: v for k, v in like.model.config.to_dict().items() if k not in ("cnn", "feature_size", "architectures")
-    }
+def build(cnn: str, decoder: str) -> PretrainedCaptioner:
+    """The bundled photo captioner, or one of its sizes with another CNN or decoder and random weights."""
+    photos = captionfix.load("photos")
+    assert isinstance(photos, PretrainedCaptioner)
+    settings, channels, _ = CNNS[cnn]
+    if settings is None and decoder == "attention":
+        return photos
+    own = photos.model.config.to_dict()
+    options = {k: v for k, v in own.items() if k not in ("cnn", "feature_size", "architectures", "model_type")}
+    options.update(cnn=settings or own["cnn"], feature_size=channels)
     torch.manual_seed(0)
-    config = models.ShowAttendTellConfig(cnn={"model_type": "resnet"}, feature_size=2048, **settings)
-    return PretrainedCaptioner(models.ShowAttendTellModel(config), like.tokenizer, like.processor, "resnet-50")
+    model: models.CaptionerModel
+    if decoder == "attention":
+        model = models.ShowAttendTellModel(models.ShowAttendTellConfig(**options))
+    else:
+        for key in ("positions", "value_size", "attention_size", "tie_words"):
+            options.pop(key, None)
+        model = models.ShowTellModel(models.ShowTellConfig(pool=1, **options))
+    for module in model.modules():  # random weights with the spread of trained ones, or most neurons would be silent
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return PretrainedCaptioner(model.eval(), photos.tokenizer, photos.processor, f"{cnn}, {decoder}")
 
 
-def measure(captioner: Captioner, repeat: int) -> dict[str, float]:
-    """Median seconds of each part."""
+def picture(side: int, count: int = 1) -> Tensor:
+    """(count, 3, side, side): a photograph that matplotlib ships, in [-1, 1]."""
     from matplotlib import cbook
 
-    pixels = captioner.prepare(read_image(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).pixels[None]
-    ids = tuple(np.random.default_rng(0).integers(4, 100, WORDS).tolist())
-    caption = word_to_map.Caption(captioner.vocabulary.start, ids)
-    policy = Policy.named("default")
-    tokens = caption.inputs(pixels.device)
+    from captionfix.images import read_image
+
+    image = read_image(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).resize((side, side))
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.expand(count, -1, -1, -1).contiguous()
+
+
+def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Caption:
+    ids = np.random.default_rng(0).integers(4, 100, words).tolist()
+    return word_to_map.Caption(captioner.vocabulary.start, tuple(ids))
+
+
+def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
+    """All words of all images explained, from pixels to pixels: (images x words, H, W)."""
     encoded = map_to_pixels.encode(captioner, pixels)
-    features = encoded.features
-    with torch.inference_mode():
+    evidence = []
+    for features in encoded.features.split(1):
         found = word_to_map.flow(captioner, features, caption, policy)
-        evidence = METHODS["joined"](captioner, features, caption, found).evidence
-    parts: dict[str, Callable[[], object]] = {
-        "caption": lambda: captioner.logits(pixels, tokens),
-        "encode": lambda: captioner.encode(pixels),
-        "encode, recorded": lambda: map_to_pixels.encode(captioner, pixels),
-        "removal": lambda: word_to_map.removal(captioner, features, caption),
-        "flow": lambda: word_to_map.flow(captioner, features, caption, policy),
-        "unravel to pixels": lambda: map_to_pixels.pixels(encoded, evidence, policy),
-        "unravel, paper": lambda: map_to_pixels.pixels(encoded, evidence, Policy.named("paper")),
-    }
+        evidence.append(METHODS["joined"](captioner, features, caption, found).evidence)
+    owner = torch.arange(len(pixels)).repeat_interleave(len(caption.ids))
+    return map_to_pixels.pixels(encoded, torch.cat(evidence), policy, owner)[0]
+
+
+def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+    """Median seconds of each part; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeat + 1):
+        for name, part in parts.items():
+            begin = time.perf_counter()
+            part()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: float(np.median(each[1:])) for name, each in seconds.items()}
+
+
+def parts(repeat: int, slow: bool) -> None:
+    for cnn, (_, _, side) in CNNS.items():
+        for decoder in DECODERS:
+            captioner = build(cnn, decoder)
+            pixels, caption = picture(side), caption_of(captioner, 10)
+            tokens = caption.inputs(pixels.device)
+            default = POLICIES["default"]
+            encoded = map_to_pixels.encode(captioner, pixels)
+            features = encoded.features
+            found = word_to_map.flow(captioner, features, caption, default)
+            evidence = METHODS["joined"](captioner, features, caption, found).evidence
+            measured: dict[str, Callable[[], object]] = {
+                "caption": lambda: captioner.logits(pixels, tokens),
+                "encode": lambda: captioner.encode(pixels),
+                "encode, recorded": lambda: map_to_pixels.encode(captioner, pixels),
+                "removal": lambda: word_to_map.removal(captioner, features, caption),
+                "flow": lambda: word_to_map.flow(captioner, features, caption, default),
+            }
+            for name, policy in POLICIES.items():
+                measured[f"unravel, {name}"] = lambda policy=policy: map_to_pixels.pixels(encoded, evidence, policy)
+            measured["all of it"] = lambda: everything(captioner, pixels, caption, default)
+            measured["all of it, fast"] = lambda: everything(captioner, pixels, caption, POLICIES["fast"])
+            others = ["gradcam", "gradcam-shipped", *(["integrated-gradients"] if slow else [])]
+            for other in others:
+                maps, options = methods.resolve(other)
+                measured[other] = lambda maps=maps, options=options: maps(
+                    captioner, pixels, captioner.encode(pixels), caption, **options
+                )
+            with torch.inference_mode():
+                seconds = in_turn(measured, repeat)
+            print(f"{cnn}, {decoder}: {side} pixels, 10 words, {torch.get_num_threads()} threads")
+            for part, value in seconds.items():
+                print(f"  {part:24} {value * 1000:9.1f} ms {value / seconds['caption']:9.2f} of captioning", flush=True)
+
+
+def curves(repeat: int) -> None:
+    captioner = build("MobileNetV2", "attention")
+    settings = [
+        *((words, 1, 224) for words in (1, 2, 5, 10, 20, 40)),
+        *((10, images, 224) for images in (4, 16, 32)),
+        *((10, 1, side) for side in (448, 1024)),
+    ]
+    print("words  images  pixels   caption ms   unravel ms   ratio      fast ms   ratio")
+    for words, images, side in settings:
+        pixels, caption = picture(side, images), caption_of(captioner, words)
+        encoded = map_to_pixels.encode(captioner, pixels)
+        spread = torch.full((words, *encoded.features.shape[2:]), 1.0)
+        evidence = torch.cat([map_to_pixels.channels(f, spread * torch.rand_like(spread)) for f in encoded.features])
+        owner = torch.arange(images).repeat_interleave(words)
+        tokens = caption.inputs(pixels.device).expand(images, -1)
+        measured: dict[str, Callable[[], object]] = {"caption": lambda: captioner.logits(pixels, tokens)}
+        for name in ("default", "fast"):
+            policy = POLICIES[name]
+            measured[name] = lambda policy=policy: map_to_pixels.pixels(encoded, evidence, policy, owner)
+        with torch.inference_mode():
+            seconds = in_turn(measured, repeat)
+        base, full, few = (1000 * seconds[name] for name in ("caption", "default", "fast"))
+        print(
+            f"{words:5}  {images:6}  {side:6} {base:12.1f} {full:12.1f} {full / base:7.2f}"
+            f" {few:12.1f} {few / base:7.2f}",
+            flush=True,
+        )
+
+
+def memory(threads: int) -> None:
+    """Each in a process of its own, since a process's peak never falls."""
+    print("                            peak MiB above the loaded captioner: captioning, explaining, ratio")
+    for cnn in CNNS:
+        peaks = []
+        for what in ("caption", "default"):
+            command = [sys.executable, __file__, "peak", "--threads", str(threads), "--cnn", cnn, "--what", what]
+            peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(f"{cnn:26} {peaks[0]:8.0f} {peaks[1]:8.0f} {peaks[1] / peaks[0]:8.2f}", flush=True)
+
+
+def peak(cnn: str, what: str) -> None:
+    captioner = build(cnn, "attention")
+    pixels, caption = picture(CNNS[cnn][2]), caption_of(captioner, 10)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.inference_mode():
-        for _ in range(repeat + 1):
-            for name, part in parts.items():
-                begin = time.perf_counter()
-                part()
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(each[1:])) for name, each in seconds.items()}  # the first round warms up
+        if what == "caption":
+            captioner.logits(pixels, caption.inputs(pixels.device))
+        else:
+            everything(captioner, pixels, caption, POLICIES[what])
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["parts", "curves", "memory", "peak"], nargs="?", default="parts")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--slow", action="store_true", help="integrated gradients with 50 steps too (minutes)")
+    parser.add_argument("--cnn", choices=CNNS, default="MobileNetV2", help="for peak")
+    parser.add_argument("--what", choices=["caption", *POLICIES], default="default", help="for peak")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    photos = captionfix.load("photos")
-    assert isinstance(photos, PretrainedCaptioner)
-    for name, captioner in (("MobileNetV2", photos), ("ResNet-50", resnet50(photos))):
-        seconds = measure(captioner, options.repeat)
-        print(f"{name}, 224 pixels, {WORDS} words, {options.threads} threads")
-        for part, value in seconds.items():
-            print(f"  {part:20} {value * 1000:8.1f} ms   {value / seconds['caption']:6.2f} of captioning")
+    if options.table == "parts":
+        parts(options.repeat, options.slow)
+    elif options.table == "curves":
+        curves(options.repeat)
+    elif options.table == "memory":
+        memory(options.threads)
+    else:
+        peak(options.cnn, options.what)
 
 
 if __name__ == "__main__":

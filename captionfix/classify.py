@@ -66,7 +66,7 @@ def explain_classes(
         labels: names of the classes, by place or by id. By default those in the module's configuration
             (transformers), or ImageNet's where there are 1000.
         policy: how much evidence is followed: ``"default"``, ``"paper"`` (the published sets), ``"released"`` (those of
-            the authors' code), ``"marginal"``, a `captionfix.Policy` or its fields.
+            the authors' code), ``"fast"``, ``"marginal"``, a `captionfix.Policy` or its fields.
         crops: 10 as the paper evaluates: the class is the likeliest by the mean over the four corners, the centre and
             their mirror images; each of the five upright crops that ranks it first adds its fixations (where none
             does, the centre's likeliest class takes its place, or for given classes all five add theirs).

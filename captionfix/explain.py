@@ -62,7 +62,11 @@ METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Leg]] = {
     "flow": _by_flow,
     "attention": _by_attention,
 }
-WITH_POLICY = {"paper": ("flow", "paper"), "marginal": ("flow", "marginal")}  # a method's name -> first leg, policy
+WITH_POLICY = {  # a method's name -> first leg, policy
+    "fast": ("joined", "fast"),
+    "paper": ("flow", "paper"),
+    "marginal": ("flow", "marginal"),
+}
 # Methods of other tools: they live a floor above and are imported when one is asked for.
 OTHERS = "captionfix.evaluate.methods"
 
@@ -142,7 +146,8 @@ def explain(
             ``"removal"``, ``"flow"`` or ``"attention"``; or a method of other tools, for comparison, such as
             ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of `captionfix.evaluate.methods`), which makes
             maps on its own and knows no policy, no image share and no language credits.
-        policy: how much evidence is followed: ``"default"``, ``"paper"`` (CNN Fixations as published; its method is
+        policy: how much evidence is followed: ``"default"``, ``"fast"`` (a fixed number of neurons a word in every
+            layer, whatever the CNN's size), ``"paper"`` (CNN Fixations as published; its method is
             the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
         unknown: what to do about words of a given caption that the captioner does not know: ``"error"`` lists them,

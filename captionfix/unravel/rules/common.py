@@ -49,8 +49,8 @@ def sign(values: Tensor) -> Tensor:
     )
 
 
-def chunks(rows: int, width: int, limit: int = 1 << 22) -> list[slice]:
-    """Slices of rows so that rows x width stays within ``limit`` numbers: what bounds memory."""
+def chunks(rows: int, width: int, limit: int = 1 << 20) -> list[slice]:
+    """Slices of rows so that rows x width stays within ``limit`` numbers: what bounds memory, and stays in caches."""
     step = max(1, limit // max(width, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -64,14 +64,16 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
     rows, weights = _rows(op, slot, shape), _taps(op, weight)
     area, group = (rows.shape[0] - 1) // shape[0], filters.div(weight.shape[0] // groups, rounding_mode="floor")
     row = torch.where(positions < 0, rows.shape[0] - 1, positions + image[:, None] * area)
-    links = []
+    links, falling = [], bool((direction < 0).any())
     for part in chunks(len(neurons), positions.shape[1] * channels):
         if groups == 1:
             seen = rows[row[part]]
         else:
             column = group[part, None] * channels + torch.arange(channels, device=neurons.device)
             seen = rows[row[part, :, None], column[:, None, :]]
-        contributions = seen * weights[filters[part]] * direction[part, None, None]
+        contributions = weights[filters[part]].mul_(seen)
+        if falling:
+            contributions.mul_(direction[part, None, None])
         padding = positions[part] < 0
         if policy.opposed == "input":  # padding's zero is no input, even where it is the least opposed
             contributions = torch.where(padding[:, :, None], -torch.inf, contributions)
