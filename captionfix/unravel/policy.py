@@ -199,7 +199,8 @@ def _largest(values: Tensor, keep: int, block: int = 16) -> tuple[Tensor, Tensor
     """
     columns = values.shape[1]
     if columns < 4 * keep * block:
-        return tuple(values.topk(keep, 1))
+        value, column = values.topk(keep, 1)
+        return value, column
     blocks, rest = divmod(columns, block)
     best = values[:, : columns - rest].view(-1, block, blocks).amax(1).topk(keep, 1).indices
     steps = torch.arange(block, device=values.device) * blocks
