@@ -33,7 +33,7 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="How many of the likeliest classes to explain.")] = 1,
     policy: Annotated[
         str,
-        typer.Option(help="How much evidence is followed: default, paper, released, marginal, or sums=16,..."),
+        typer.Option(help="How much evidence is followed: default, fast, paper, released, marginal, or sums=16,..."),
     ] = "default",
     crops: Annotated[int, typer.Option(help="1, or 10 as the paper evaluates.")] = 1,
     labels: Annotated[
@@ -41,6 +41,7 @@ def classify(
     ] = None,
     boxes: Annotated[bool, typer.Option("--boxes", help="Draw each class's box.")] = False,
     fixations: Annotated[bool, typer.Option("--fixations", help="Draw each class's fixations.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Also a page to explore each explanation.")] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for the results; by default a new one here.", show_default=False),
@@ -75,7 +76,7 @@ def classify(
                 crops=crops, name=cnn,  # type: ignore[arg-type]
             )  # fmt: skip
             several = len(result) > 1
-            cli._write(result, place, {"boxes": boxes, "fixations": fixations, "specific": several})
+            cli._write(result, place, {"boxes": boxes, "fixations": fixations, "specific": several}, html)
         except cli._OWN_TROUBLE as error:
             if isinstance(error, CaptionError):  # the classes: the same for every picture
                 raise
@@ -83,7 +84,7 @@ def classify(
             failed = True
         else:
             typer.echo(
-                f"{path}: {result}\n\nfigure: {place / 'figure.png'}\n"
+                f"{path}: {result}\n\nfigure: {place / 'figure.png'}\n" + f"page: {place / 'page.html'}\n" * html
                 if len(images) == 1
                 else cli._line(path, result, place)
             )

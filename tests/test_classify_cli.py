@@ -51,12 +51,14 @@ def test_classify_writes_a_folder_for_each_picture(weights, picture, tmp_path, c
     missing = tmp_path / "missing.png"
     code, out, err = run(
         capsys, picture, missing, "--cnn", "squeezenet1_1", "--weights", weights / "plain.pt", "--classes", "dog; 0",
-        "--labels", weights / "labels.txt", "--policy", "sums=4,neurons=50", "--out", tmp_path / "out",
+        "--labels", weights / "labels.txt", "--policy", "sums=4,neurons=50", "--html", "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 2
     assert "missing.png: there is no such file" in err
     assert "dog, cat" in out
-    assert {p.name for p in (tmp_path / "out" / "photo").iterdir()} >= {"figure.png", "explanation.json", "arrays.npz"}
+    assert {p.name for p in (tmp_path / "out" / "photo").iterdir()} >= {
+        "figure.png", "page.html", "explanation.json", "arrays.npz"
+    }  # fmt: skip
     result = captionfix.read(tmp_path / "out" / "photo")
     assert [(word.text, word.token) for word in result] == [("dog", 1), ("cat", 0)]
     assert result.captioner == "squeezenet1_1"

@@ -80,14 +80,14 @@ def strip(
     tiles = [photo, *(thumbnail(word, size, scale, specific, boxes) for word in chosen)]
     head, word_font, fact_font = _font(15, True), _font(13, True), _font(11)
     across = max(size[0], 84)  # a label needs some room
-    width = (1 + words) * across + words * _GAP
+    full, own = ((1 + count) * across + count * _GAP for count in (words, len(chosen)))
+    label = _cut(f"{name}  ", _font(13), full // 3) if name else ""
+    left = round(_font(13).getlength(label)) + 4 if name else 0
+    # as wide as its tiles, or as its caption where that is longer, which has the room that a full row gives it
+    width = max(own, min(full, left + math.ceil(head.getlength(explanation.caption))))
     result = Image.new("RGB", (width, size[1] + 70), _PAPER)
     draw = ImageDraw.Draw(result)
-    left = 0
-    if name:
-        label = _cut(f"{name}  ", _font(13), width // 3)
-        draw.text((0, 3), label, _SOFT, _font(13))
-        left = round(_font(13).getlength(label)) + 4
+    draw.text((0, 3), label, _SOFT, _font(13))
     draw.text((left, 1), _cut(explanation.caption, head, width - left), _INK, head)
     for place, picture in enumerate(tiles):
         x = place * (across + _GAP)

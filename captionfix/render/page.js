@@ -5,7 +5,7 @@
   const [stage, tools, pins, detail, status] = ["stage", "tools", "pins", "detail", "status"].map(find);
   const buttons = [...document.querySelectorAll(".word")];
   const MOST = 4;
-  const state = { shown: null, pins: [], kind: "specific", underline: "share", points: false, box: false, arcs: true, opacity: 80 };
+  const state = { shown: null, pins: [], kind: data.several ? "specific" : "raw", underline: "share", points: false, box: false, arcs: true, opacity: 80 };
 
   function make(tag, name, text, ...children) {
     const element = document.createElement(tag);
@@ -73,7 +73,7 @@
     const map = view.querySelector(".map");
     view.classList.toggle("on", index !== null);
     if (index === null) {
-      map.setAttribute("aria-label", "No word chosen: the photograph as it is");
+      map.setAttribute("aria-label", "Nothing chosen: the image as it is");
       return;
     }
     const word = data.words[index];
@@ -160,18 +160,24 @@
       if (share === null || share <= 0) return;
       const part = make("i", kind);
       part.style.width = `${100 * share}%`;
+      if (share >= 0.02) part.classList.add("apart");
       stack.append(part);
       if (share >= 0.005) keys.append(make("li", `key ${kind}`, `${text} ${percent(share)}`));
     };
     add("image", "image", word.share);
-    for (const [text, share] of word.language) add("language", text, share);
-    add("other", "biases and earlier states", word.other);
+    let little = 0; // many that are too small to be seen each
+    for (const [text, share] of word.language) {
+      if (share >= 0.005) add("language", text, share);
+      else little += share || 0;
+    }
+    add("language", "other words", little);
+    add("other", data.known.language ? "biases and earlier states" : "biases", word.other);
     return [stack, keys];
   }
 
   function describe(index) {
     if (index === null) {
-      detail.replaceChildren(make("p", "blank", "No word is chosen: this is the photograph as it is."));
+      detail.replaceChildren(make("p", "blank", "Nothing is chosen: this is the image as it is."));
       return;
     }
     const word = data.words[index];
@@ -201,8 +207,8 @@
       return tick;
     });
     find("scale").querySelector(".ticks").replaceChildren(...ticks);
-    const what = state.kind === "specific" ? "evidence beyond the caption’s mean" : "evidence";
-    const text = `${what}, times even spread; the same for all words${scale.clipped ? "; yellow: this or more" : ""}`;
+    const what = state.kind === "specific" ? "evidence beyond the mean of all words" : "evidence";
+    const text = `${what}, in multiples of an even spread${data.several ? "; the same colours for all words" : ""}${scale.clipped ? "; yellow: this or more" : ""}`;
     find("scale").querySelector("figcaption").textContent = text + (data.partial ? "; dashed: what the CNN sees" : "");
     find("scale").setAttribute("aria-label", `Colours: ${text}, from ${scale.ticks[0][1]} to ${scale.ticks[scale.ticks.length - 1][1]}`);
   }
@@ -216,7 +222,7 @@
     show(stage, index);
     credits(index);
     describe(index);
-    if (said) status.textContent = index === null ? "The photograph" : `${named(data.words[index])}: probability ${chance(data.words[index].p)}, image share ${percent(data.words[index].share)}; ${data.words[index].where[state.kind]}`;
+    if (said) status.textContent = index === null ? "The image as it is" : `${named(data.words[index])}: probability ${chance(data.words[index].p)}, image share ${percent(data.words[index].share)}; ${data.words[index].where[state.kind]}`;
   }
 
   function pin(index) {
@@ -228,9 +234,16 @@
     board();
   }
 
+  // A line breaks between its parts, not within one.
+  function listed(texts) {
+    const last = texts.length - 1;
+    return make("p", "", null, ...texts.flatMap((text, i) => [make("span", "whole", i < last ? `${text},` : text), " "]));
+  }
+
   function board() {
     buttons.forEach((button, place) => button.setAttribute("aria-pressed", String(state.pins.includes(place))));
     pins.hidden = state.pins.length === 0;
+    pins.style.setProperty("--pins", Math.max(1, state.pins.length));
     pins.replaceChildren(
       ...state.pins.map((index) => {
         const word = data.words[index];
@@ -246,10 +259,10 @@
         view.querySelector("img").alt = "";
         const title = make("h3", "", named(word));
         title.dir = "auto";
-        const effect = word.effect === null ? "" : `, effect ${word.effect < 0 ? "−" : "+"}${Math.abs(word.effect).toFixed(2)}`;
-        const others = word.alternatives.map(([name, p]) => `${name} ${chance(p)}`).join(", ");
+        const effect = word.effect === null ? [] : [`effect ${word.effect < 0 ? "−" : "+"}${Math.abs(word.effect).toFixed(2)}`];
+        const others = word.alternatives.map(([name, p]) => `${name} ${chance(p)}`);
         const panel = make("article", "pin", null, make("header", "", null, title, close), view,
-          make("p", "", `p ${chance(word.p)}, image ${percent(word.share)}${effect}`), make("p", "", others));
+          listed([`p ${chance(word.p)}`, `image ${percent(word.share)}`, ...effect]), listed(others));
         panel.dataset.word = index;
         return panel;
       }),
@@ -306,6 +319,11 @@
   new ResizeObserver(redraw).observe(stage);
 
   tools.reset(); // a browser that reloads keeps the boxes as they were
+  // what there is nothing of is not offered: a classifier's classes have no earlier words
+  tools.elements.kind.value = state.kind;
+  find("kinds").hidden = !data.several;
+  find("effects").hidden = !data.known.effect;
+  find("credits").hidden = !data.known.language;
   label();
   redraw();
   const asked = /^#word-(\d+)$/.exec(location.hash);

@@ -32,7 +32,7 @@ from captionfix.files import atomic_write
 from captionfix.render import figure
 
 LARGEST = 1280
-"""Of the embedded photograph's sides, in pixels."""
+"""Of the embedded image's sides, in pixels."""
 GRID = 96
 """Of the embedded maps' sides, in cells: three to a standard deviation of the drawn Gaussian."""
 POINTS = 250
@@ -56,7 +56,7 @@ def page(explanation: Explanation, largest: int = LARGEST, grid: int = GRID) -> 
 
     Args:
         explanation: What it shows.
-        largest: The photograph is embedded with no side longer than this, in pixels.
+        largest: The image is embedded with no side longer than this, in pixels.
         grid: The maps are embedded with no side longer than this, in cells.
     """
     words = explanation.words
@@ -70,11 +70,12 @@ def page(explanation: Explanation, largest: int = LARGEST, grid: int = GRID) -> 
         script_hash=digest(script),
         version=html.escape(explanation.version),
         caption=html.escape(explanation.caption) or "captionfix",
-        alt=html.escape(f"Photograph, captioned: {explanation.caption}"),
+        alt=html.escape(f"Image, captioned: {explanation.caption}"),
         made=html.escape(made),
         photo=photo(explanation.image, largest),
         width=explanation.image.width,
         height=explanation.image.height,
+        listed=" listed" if _is_list(explanation) else "",
         words="\n".join(_button(word) for word in words),
         rows="\n".join(_row(word) for word in words),
         data=script_json(_data(explanation, grid)),
@@ -157,6 +158,11 @@ def _data(explanation: Explanation, grid: int) -> dict[str, Any]:
         "partial": max(edges[:2]) > 0.004 or min(edges[2:]) < 0.996,
         "colours": base64.b64encode(colours().tobytes()).decode(),
         "scales": scales,
+        "several": len(explanation) > 1,
+        "known": {
+            "effect": any(math.isfinite(word.image_effect) for word in explanation.words),
+            "language": any(word.language for word in explanation.words),
+        },
         "maps": {**embedded, "grid": [shape[2], shape[1]]},
         "words": [_word(word) for word in explanation.words],
     }
@@ -195,7 +201,7 @@ def credits(word: Word) -> list[float]:
 
 
 def _style(explanation: Explanation) -> str:
-    """What CSS has to know of this explanation: underlines, the photograph's ratio, the colours."""
+    """What CSS has to know of this explanation: underlines, the image's ratio, the colours."""
     table = colours()[:: 255 // 15]
     stops = ",".join("#" + bytes(row).hex() for row in table)
     width, height = explanation.image.size
@@ -212,11 +218,17 @@ def _style(explanation: Explanation) -> str:
 def _button(word: Word) -> str:
     said = figure.facts(word)
     first = 0 if word.index == 0 else -1
+    against = "" if word.contrast is None else f'data-not="{html.escape(word.contrast)}" '
     return (
         f'<button type="button" class="word" id="word-{word.index}" aria-pressed="false" tabindex="{first}" '
-        f'title="{html.escape(said)}"><bdi class="text">{html.escape(word.text)}</bdi>'
+        f'{against}title="{html.escape(said)}"><bdi class="text">{html.escape(word.text)}</bdi>'
         '<span class="rule"></span><span class="under"></span></button>'
     )
+
+
+def _is_list(explanation: Explanation) -> bool:
+    """Whether the words are a list, as a classifier's classes are, and no sentence."""
+    return len(explanation) > 1 and explanation.caption == ", ".join(word.text for word in explanation.words)
 
 
 def _row(word: Word) -> str:

@@ -23,6 +23,12 @@
     pointing: (card) => (card.pointing === 0 ? "hit" : `off by ${percent(card.pointing)}`),
   };
 
+  // A line breaks between its parts, not within one.
+  function listed(head, texts) {
+    const last = texts.length - 1;
+    return make("p", "soft", null, head, ...texts.flatMap((text, i) => [make("span", "whole", i < last ? `${text},` : text), " "]));
+  }
+
   function draw(card) {
     const word = card.words[card.place];
     const shot = make(card.link ? "a" : "div", "shot");
@@ -38,11 +44,13 @@
     const caption = make("p");
     caption.dir = "auto";
     card.words.forEach((text, place) => caption.append(place ? " " : "", place === card.place ? make("mark", "", text) : text));
-    const numbers = make("p", "soft", `p ${chance(card.probability)}, image ${percent(card.share)}, effect ${nats(card.effect)}`);
+    const numbers = listed("", [`p ${chance(card.probability)}`, `image ${percent(card.share)}`, `effect ${nats(card.effect)}`]);
     const others = card.alternatives.filter(([text]) => text !== word).slice(0, 3).map(([text, p]) => `${text} ${chance(p)}`);
     const item = make("li", "", null, shot, head, caption, numbers);
-    if (others.length) item.append(make("p", "soft", `instead: ${others.join(", ")}`));
-    item.append(make("p", "soft", card.image));
+    if (others.length) item.append(listed("instead: ", others));
+    const name = make("p", "soft name", card.image);
+    name.title = card.image;
+    item.append(name);
     return item;
   }
 

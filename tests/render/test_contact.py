@@ -29,13 +29,23 @@ def test_a_strip_each(explanation: Explanation, invent: Callable[..., Explanatio
 def test_the_tiles_of_a_strip(explanation: Explanation) -> None:
     picture = np.asarray(strip(explanation, words=4, tile=120)).astype(int)
     width = 160  # of a tile: the photograph is 4 to 3
-    photo, *words = (picture[24:144, place * (width + 8) : place * (width + 8) + width] for place in range(5))
+    assert picture.shape[1] == 4 * width + 3 * 8  # a and the name nothing: there are three words to show
+    photo, *words = (picture[24:144, place * (width + 8) : place * (width + 8) + width] for place in range(4))
     assert np.ptp(photo, axis=2).max() < 2  # the grey ramp, without a map
-    dog, _, ball, empty = words
+    dog, _, ball = words
     colour = [np.ptp(tile[60, 40]) for tile in (dog, ball)], [np.ptp(tile[30, 120]) for tile in (dog, ball)]
     assert colour[0][0] > 60 > 30 > colour[0][1]
     assert colour[1][1] > 60 > 30 > colour[1][0]
-    assert (empty == 255).all()  # a and the name nothing: there are three words to show
+
+
+def test_a_strip_is_no_wider_than_what_it_shows(invent: Callable[..., Explanation]) -> None:
+    short, full = (strip(invent("a dog", size=(120, 120)), words=count, tile=120) for count in (1, 5))
+    assert short.size == full.size == (120 + 8 + 120, 120 + 70)
+    # a long caption is not cut for want of tiles: it has the room of a full row
+    long = invent("of the dog and " + "the of a " * 12, size=(120, 120))
+    assert strip(long, words=5, tile=120).width == 6 * 120 + 5 * 8
+    dark = np.asarray(strip(long, words=5, tile=120).convert("L"))[:22] < 128
+    assert np.flatnonzero(dark.any(axis=0)).max() > 6 * 120
 
 
 def test_telling_words(invent: Callable[..., Explanation]) -> None:
