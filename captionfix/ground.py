@@ -289,6 +289,14 @@ def _tidied(folder: Path) -> list[Path]:
 
 
 LOCK = ".lock"
+_held: list[Any] = []
+"""Open files that lock folders."""
+
+
+def let_go() -> None:
+    """In a process that was forked off a run: closes its copies of the run's locks, so that they end with the run."""
+    while _held:
+        _held.pop().close()
 
 
 @contextmanager
@@ -307,7 +315,11 @@ def _alone(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise OutputError(f"another run is at work in {folder}; wait for it, or end it") from None
-        yield
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
 
 
 def _folder_name(name: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from captionfix.errors import ImageError, PolicyError
@@ -33,7 +36,10 @@ def local(
     ahead: dict[str, Any] = {"prefetch_factor": 8} if workers else {}
     # batches are made here, not by the loader: their size may change on the way
     pictures: Any = _Pictures(todo)
-    loader: Any = DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **ahead)
+    loader: Any = DataLoader(
+        pictures, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
+        worker_init_fn=partial(_reader_begins, os.getpid()), **ahead,
+    )  # fmt: skip
     size = batch or 1  # the first image alone tells what one needs
     waiting: list[Any] = []
     for place, picture in enumerate(loader):
@@ -125,6 +131,24 @@ def _picture(item: Item) -> Any:
         return read_image(item.file)
     except ImageError as error:
         return " ".join(str(error).split())
+
+
+def _reader_begins(run: int, worker: int) -> None:
+    """In a process that reads ahead: it neither holds the run's lock nor outlives the run, also where that is killed.
+
+    torch's own watch over the parent is not enough: a killed run's worker ends only once its pictures have been taken
+    out of its queue, and nobody does.
+    """
+    from captionfix.ground import let_go
+
+    let_go()
+    Thread(target=_ends_with, args=(run,), daemon=True).start()
+
+
+def _ends_with(run: int) -> None:
+    while os.getppid() == run:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _as_it_is(value: Any) -> Any:

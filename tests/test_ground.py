@@ -106,7 +106,7 @@ def replace(source, target):
 os.replace = replace
 from captionfix.ground import Options, ground
 import json
-ground(sys.argv[2], sys.argv[3], Options(**json.loads(sys.argv[4])), workers=0, batch=2)
+ground(sys.argv[2], sys.argv[3], Options(**json.loads(sys.argv[4])), workers=int(sys.argv[5]), batch=2)
 """
 
 
@@ -115,7 +115,7 @@ def test_killed_and_gone_on_with(captioner: str, photos: Path, tmp_path: Path, m
     chosen = options(captioner, pictures=True)
     fields = json.dumps(vars(chosen))
     out = tmp_path / "out"
-    ended = subprocess.run([sys.executable, "-c", KILLED, moment, photos, out, fields], check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, moment, photos, out, fields, "0"], check=False)
     assert ended.returncode == -9
     before = {path.name: path.read_bytes() for path in (out / "parts").glob("*.jsonl") if path.stem.isdigit()}
     assert len(before) == (2 if moment == "before" else 3)
@@ -137,6 +137,30 @@ def test_killed_and_gone_on_with(captioner: str, photos: Path, tmp_path: Path, m
     assert [row["image_share"] for row in rows] == pytest.approx([row["image_share"] for row in whole], abs=1e-4)
     for row in rows:
         assert captionfix.read(out / row["folder"]).words[row["place"]].text == row["word"]
+
+
+def test_those_that_read_ahead_do_not_keep_a_killed_run(captioner: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for k in range(12):  # larger than a pipe holds: whoever reads ahead waits for somebody to take them
+        Image.new("RGB", (300, 300), (20 * k, 0, 0)).save(tmp_path / "photos" / f"{k:02d}.png")
+    chosen = options(captioner)
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "after",
+        tmp_path / "photos",
+        tmp_path / "out",
+        json.dumps(vars(chosen)),
+        "2",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
+        assert run.wait(timeout=120) == -9
+        # at once, before its readers have noticed
+        progress = ground(tmp_path / "photos", tmp_path / "out", chosen, workers=2, batch=4)
+        assert (progress.here, progress.done) == (6, 12)
+        run.communicate(timeout=60)  # ends when nobody holds the other end any more, so the readers have ended too
+    assert len({row["image"] for row in read(tmp_path / "out" / "words.jsonl")}) == 12
 
 
 def test_again_does_nothing_and_new_images_are_added(captioner: str, photos: Path, tmp_path: Path) -> None:
