@@ -141,13 +141,14 @@
   }
 
   function bars(word) {
-    const list = make("ul", "bars");
+    const list = make("ul", data.known.language ? "bars" : "bars wide"); // names of classes are long
     const rest = word.alternatives.some(([text]) => text === word.text) ? [] : [[word.text, word.p]];
     for (const [text, p] of [...word.alternatives, ...rest]) {
       const fill = make("i");
       fill.style.width = `${100 * (p || 0)}%`;
       const name = make("span", "name", text);
       name.dir = "auto";
+      name.title = text;
       list.append(make("li", text === word.text ? "own" : "", null, name, make("span", "long", null, fill), make("span", "much", chance(p))));
     }
     return list;
@@ -191,7 +192,7 @@
     if (word.effect !== null) fact("image effect, nats", (word.effect < 0 ? "−" : "+") + Math.abs(word.effect).toFixed(2));
     const parts = [head, facts];
     if (word.share !== null) parts.push(make("h3", "", "Where it comes from"), ...sources(word));
-    parts.push(make("h3", "", "Most probable at this place"), bars(word));
+    parts.push(make("h3", "", data.known.language ? "Most probable at this place" : "Most probable"), bars(word));
     if (state.points) {
       const count = word.points.length / 3;
       parts.push(make("h3", "", count < word.count ? `The ${count} heaviest of ${word.count} fixations` : `${count} fixations`));
