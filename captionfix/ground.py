@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from captionfix.captioners.captioner import Captioner
 
 SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .jp2".split())  # noqa: SIM905
-LARGEST = 32
-"""Images in a batch, at most, where the size is to be found."""
+LARGEST = {"cpu": 8}
+"""Images in a batch, at most, where the size is to be found: a processor gains nothing by more
+(``benchmarks/folders.py``), and a kill costs what the batch had done.
+"""
+LARGEST_ELSEWHERE = 32
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def local(
     from torch.utils.data import DataLoader
 
     from captionfix.cli import load_on
-    from captionfix.ground import LARGEST, explained
+    from captionfix.ground import LARGEST, LARGEST_ELSEWHERE, explained
 
     model = load_on(options.captioner, device)
     ahead: dict[str, Any] = {"prefetch_factor": 8} if workers else {}
@@ -58,7 +58,7 @@ def local(
                 continue
             waiting = waiting[size:]
             if batch is None and size == 1:
-                size = min(LARGEST, _fitting(device, before))
+                size = min(LARGEST.get(device, LARGEST_ELSEWHERE), _fitting(device, before))
             yield records
 
 
