@@ -13,11 +13,12 @@ depends on their shapes. Medians of ``--repeat`` rounds; every round runs each p
 from __future__ import annotations
 
 import argparse
-import resource
+import gc
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,8 +105,9 @@ def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, fl
     return {name: float(np.median(each[1:])) for name, each in seconds.items()}
 
 
-def parts(repeat: int, slow: bool) -> None:
-    for cnn, (_, _, side) in CNNS.items():
+def parts(names: list[str], repeat: int, slow: bool) -> None:
+    for cnn in names:
+        side = CNNS[cnn][2]
         for decoder in DECODERS:
             captioner = build(cnn, decoder)
             pixels, caption = picture(side), caption_of(captioner, 10)
@@ -168,10 +170,10 @@ def curves(repeat: int) -> None:
         )
 
 
-def memory(threads: int) -> None:
+def memory(names: list[str], threads: int) -> None:
     """Each in a process of its own, since a process's peak never falls."""
     print("                            peak MiB above the loaded captioner: captioning, explaining, ratio")
-    for cnn in CNNS:
+    for cnn in names:
         peaks = []
         for what in ("caption", "default"):
             command = [sys.executable, __file__, "peak", "--threads", str(threads), "--cnn", cnn, "--what", what]
@@ -182,13 +184,21 @@ def memory(threads: int) -> None:
 def peak(cnn: str, what: str) -> None:
     captioner = build(cnn, "attention")
     pixels, caption = picture(CNNS[cnn][2]), caption_of(captioner, 10)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    before = resident("VmRSS")
     with torch.inference_mode():
         if what == "caption":
             captioner.logits(pixels, caption.inputs(pixels.device))
         else:
             everything(captioner, pixels, caption, POLICIES[what])
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """MiB of this process's memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -197,16 +207,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--slow", action="store_true", help="integrated gradients with 50 steps too (minutes)")
-    parser.add_argument("--cnn", choices=CNNS, default="MobileNetV2", help="for peak")
+    parser.add_argument("--cnn", choices=CNNS, help="only this one")
     parser.add_argument("--what", choices=["caption", *POLICIES], default="default", help="for peak")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.table == "parts":
-        parts(options.repeat, options.slow)
+        parts([options.cnn] if options.cnn else list(CNNS), options.repeat, options.slow)
     elif options.table == "curves":
         curves(options.repeat)
     elif options.table == "memory":
-        memory(options.threads)
+        memory([options.cnn] if options.cnn else list(CNNS), options.threads)
     else:
         peak(options.cnn, options.what)
 
