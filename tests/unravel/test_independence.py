@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import FOLLOWED, WORDS, Captioning, captioner
 from test_conservation import record
@@ -28,6 +28,14 @@ def tables(network: Captioning, pixels, tokens, elements, policy):
     )
 
 
+def tied(network: Captioning, pixels, tokens) -> bool:
+    """Whether a channel of the feature map holds one number twice, as after a pooling to more positions. Which of the
+    two is the largest then depends on the last bit, and that on the size of the batch."""
+    at = record(network, pixels, tokens)[3].read().flatten(2).sort(-1).values
+    gaps, size = at.diff(dim=-1), at.abs().amax()
+    return bool(((gaps <= 1e-9 * size) & (at[..., 1:].abs() > 1e-9 * size)).any())
+
+
 @settings(settings.get_profile("engine"), max_examples=20)
 @given(st.data())
 def test_batch_length_and_other_words_change_nothing(data):
@@ -37,6 +45,7 @@ def test_batch_length_and_other_words_change_nothing(data):
     tokens = torch.randint(WORDS, (2, 3))
     if getattr(network.decoder, "packed", False):
         network.decoder.packed = False
+    assume(not tied(network, pixels, tokens))
     b, t, v = data.draw(st.sampled_from([(0, 0, 2), (0, 1, 5), (1, 1, 1), (1, 0, 6)]))
     others = [(i, j, k) for i in range(2) for j in range(3) for k in (0, 3)]
     for policy in POLICIES:
