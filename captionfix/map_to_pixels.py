@@ -77,7 +77,7 @@ def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | N
     if owner is not None:
         element = element + owner[word] * neurons
     direction = torch.where(encoded.features.reshape(-1)[element] < 0, -1.0, 1.0).to(mass.dtype)
-    table = Evidence(word, element, direction, mass).pruned(policy.start_kept, count)
+    table = Evidence(word, element, direction, mass).pruned(policy.neurons, count)
     account = walk(encoded.trace, [(encoded.at, table)], policy, words=count)
     found = account.at(encoded.image)
     height, width = encoded.image.shape[2:]

@@ -23,9 +23,6 @@ class Policy:
         convolutions: contributors kept at convolutions, out of all (channel, location) pairs of the window; None keeps
             all.
         neurons: how many neurons a word may hold in one layer, the heaviest, renormalised; None sets no limit.
-        start: at how many neurons of the CNN's feature map a word starts on its way to the pixels, the heaviest;
-            ``"neurons"`` follows ``neurons``, None sets no limit. What a cell has beyond its heaviest channels is much
-            the same for all words.
         location: what a convolution with one kept contributor (the paper's winner: the channel with the largest summed
             contribution, then a location inside it) takes as location: ``"location"``, the largest contribution, as
             published; ``"centre"``, the window's centre; ``"released"``, the input position stride * output position,
@@ -50,7 +47,6 @@ class Policy:
     sums: int | None = 16
     convolutions: int | None = 4
     neurons: int | None = 300
-    start: int | Literal["neurons"] | None = "neurons"
     location: Literal["location", "centre", "released"] = "location"
     winner: bool = False
     linear: int | Literal["sums"] | None = "sums"
@@ -61,10 +57,8 @@ class Policy:
     fallback: Literal["error", "gradient"] = "error"
 
     def __post_init__(self) -> None:
-        for name in ("sums", "convolutions", "neurons", "start"):
+        for name in ("sums", "convolutions", "neurons"):
             number = getattr(self, name)
-            if name == "start" and number == "neurons":
-                continue
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise PolicyError(f"policy {name}={number!r}: give a whole number from 1 up, or None for all")
         if not isinstance(self.full, int) or isinstance(self.full, bool) or self.full < 0:
@@ -79,10 +73,6 @@ class Policy:
                 raise PolicyError(f"policy {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.winner and self.convolutions != 1:
             raise PolicyError("policy winner=True is the paper's rule for one kept contributor: set convolutions=1")
-
-    @property
-    def start_kept(self) -> int | None:
-        return self.neurons if self.start == "neurons" else self.start
 
     @property
     def linear_kept(self) -> int | None:
@@ -148,7 +138,7 @@ class Policy:
 
 
 POLICIES = {
-    "default": Policy(neurons=1000, start=300, full=256),
+    "default": Policy(neurons=1000, full=256),
     "fast": Policy(),
     "paper": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set"),
     "released": Policy(
