@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .captioners.captioner import Captioner
-from .unravel import Evidence, Policy, Slot, Trace, walk
+from .unravel import Evidence, Policy, Slot, Trace, heaviest, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +71,10 @@ def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | N
         (n, H, W) mass on each pixel (summed over its channels), and (n,) the mass that ended in the CNN's biases.
     """
     count, neurons = len(evidence), evidence[0].numel()
-    flat = evidence.flatten(1)
-    word, element = torch.nonzero(flat > 0, as_tuple=True)
-    mass = flat[word, element]
-    if owner is not None:
-        element = element + owner[word] * neurons
-    direction = torch.where(encoded.features.reshape(-1)[element] < 0, -1.0, 1.0).to(mass.dtype)
-    table = Evidence(word, element, direction, mass).pruned(policy.neurons, count)
+    table = heaviest(evidence.flatten(1), policy.neurons)
+    element = table.element if owner is None else table.element + owner[table.word] * neurons
+    falling = encoded.features.reshape(-1)[element] < 0
+    table = Evidence(table.word, element, torch.where(falling, -1.0, 1.0).to(table.mass.dtype), table.mass, True)
     account = walk(encoded.trace, [(encoded.at, table)], policy, words=count)
     found = account.at(encoded.image)
     height, width = encoded.image.shape[2:]

@@ -4,7 +4,7 @@ It knows tensors and operations, nothing of captions, images or models.
 """
 
 from . import rules  # noqa: F401  (registers them)
-from .evidence import Evidence, join
+from .evidence import Evidence, heaviest, join
 from .policy import POLICIES, Policy
 from .registry import RULES, Link, register, register_expansion
 from .trace import Operation, Slot, Trace, Value
@@ -22,6 +22,7 @@ __all__ = [
     "Trace",
     "Value",
     "find_feature_map",
+    "heaviest",
     "join",
     "register",
     "register_expansion",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -43,6 +45,14 @@ class Evidence:
     def at(self, element: Tensor) -> Evidence:
         """The same rows at other elements."""
         return Evidence(self.word, element, self.direction, self.mass, self.distinct)
+
+    def neurons(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct (element, direction) over all words, and which of them each row is."""
+        if kernels.usable(self.mass):
+            return kernels.distinct(self.element, self.direction)
+        key, which = torch.unique(self.element * 2 + (self.direction > 0), return_inverse=True)
+        direction = (key.remainder(2) * 2 - 1).to(self.direction.dtype)
+        return key.div(2, rounding_mode="floor"), direction, which
 
     def per_word(self, words: int) -> Tensor:
         """Mass of each word, (words,)."""
@@ -83,6 +93,32 @@ class Evidence:
         kept = self.where(taken[self.word, rank])
         scale = self.per_word(words) / kept.per_word(words).clamp_min(torch.finfo(self.mass.dtype).tiny)
         return Evidence(kept.word, kept.element, kept.direction, kept.mass * scale[kept.word], self.distinct)
+
+
+def heaviest(table: Tensor, budget: int | None) -> Evidence:
+    """Evidence that wants more of the ``budget`` heaviest elements of each word, scaled so that a word keeps its mass;
+    None takes all.
+
+    Args:
+        table: (words, elements) mass.
+    """
+    if budget is None or budget >= table.shape[1]:
+        word, element = torch.nonzero(table > 0, as_tuple=True)
+        mass = table[word, element]
+    else:
+        mass, element = table.topk(budget, 1)
+        mass = mass * (table.sum(1, keepdim=True) / mass.sum(1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny))
+        word, column = torch.nonzero(mass > 0, as_tuple=True)
+        element, mass = element[word, column], mass[word, column]
+    return Evidence(word, element, torch.ones_like(mass), mass, True)
+
+
+def settle(parts: list[Evidence], words: int, budget: int | None = None) -> Evidence:
+    """All rows of several tables, merged, and of each word the ``budget`` heaviest (see `Evidence.pruned`)."""
+    rows = join(parts)
+    if kernels.usable(rows.mass) and not (rows.distinct and (budget is None or len(rows) <= budget)):
+        return Evidence(*kernels.merge(rows.word, rows.element, rows.direction, rows.mass, words, budget), True)
+    return rows.merged().pruned(budget, words)
 
 
 def join(parts: list[Evidence]) -> Evidence:

@@ -93,6 +93,11 @@ class Policy:
         return (self.linear_keeps(operation) if operation.name == "linear" else self.convolutions) is None
 
     @property
+    def plain(self) -> bool:
+        """Whether what is kept of a sum is its largest agreeing contributions, which share the mass in proportion."""
+        return not self.winner and self.mass == "share" and self.opposed == "bias" and self.location == "location"
+
+    @property
     def everything(self) -> bool:
         """Whether nothing is left out anywhere, so that full tables pay."""
         return (

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperation
+from . import kernels
 from .dense import DENSE, Field, Fields, move, to_evidence, to_field
-from .evidence import Evidence, join
+from .evidence import Evidence, settle
 from .policy import Policy
 from .registry import RULES, Link, Rule, find
 from .rules.gradient import gradient
@@ -113,7 +114,7 @@ def walk(
         pending = {value: [to_evidence(field)] for value, field in fields.waiting.items()}
     _walk(operations[:first], pending, account, policy, wanted, stop)
     for value, parts in pending.items():
-        evidence = join(parts).merged()
+        evidence = settle(parts, words)
         stopped = _cut(value, evidence, account, wanted)
         if not (stop and stopped):
             account._leaves[value] = evidence
@@ -167,7 +168,7 @@ def _walk(
                 continue
             if not slot.value.variable:  # a constant, though it was written to while the trace ran: a leaf
                 continue
-            evidence = join(pending.pop(slot.value)).merged().pruned(policy.neurons, account.words)
+            evidence = settle(pending.pop(slot.value), account.words, policy.neurons)
             if _cut(slot.value, evidence, account, wanted) and stop:
                 continue
             elements = slot.elements(evidence.element)
@@ -230,9 +231,7 @@ def _apply(
             pending.setdefault(slot.value, []).append(part)
             continue
         # a neuron that several words reach is looked up once
-        key, which = torch.unique(evidence.element * 2 + (evidence.direction > 0), return_inverse=True)
-        neurons = key.div(2, rounding_mode="floor")
-        direction = (key.remainder(2) * 2 - 1).to(evidence.direction.dtype)
+        neurons, direction, which = evidence.neurons()
         links = rule.function(operation, number, neurons, direction, policy)
         _follow(links, which, evidence, pending, account)
 
@@ -242,6 +241,14 @@ def _follow(
 ) -> None:
     moved = torch.zeros_like(evidence.mass)
     for slot, index, share, direction in links:
+        if kernels.usable(evidence.mass, share):
+            word, element, turned, mass, gave = kernels.follow(
+                evidence.word, which, evidence.mass, index, share, direction
+            )
+            moved += gave
+            if len(word):
+                pending.setdefault(slot.value, []).append(Evidence(word, slot.cells(element), turned, mass))
+            continue
         mass = share[which] * evidence.mass[:, None]
         moved += mass.sum(1)
         row, column = torch.nonzero(mass > 0, as_tuple=True)

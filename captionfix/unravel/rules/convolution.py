@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..dense import each
 from ..policy import Policy, split
 from ..registry import Link, register
@@ -57,6 +58,11 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
     unbatched = len(slot.shape) == weight.dim() - 1
     shape = (1, *slot.shape) if unbatched else slot.shape
     geometry, groups = _geometry(op, weight)
+    if policy.plain and policy.convolutions is not None and kernels.usable(weight, direction):
+        spatial = kernels.Window(out.shape[1 if unbatched else 2 :], shape[2:], *geometry, groups)
+        rows, taps = _channels_last(slot, shape), _taps(op, weight)
+        found = kernels.contributors(rows, taps, neurons, direction, spatial, policy.convolutions)
+        return [Link(slot, *found)]
     channels = weight.shape[1]
     image, filters, *where = coordinates(neurons, (1, *out.shape) if unbatched else out.shape)
     positions = window(where, shape[2:], geometry)
@@ -121,10 +127,15 @@ def _kept(contributions: Tensor, policy: Policy, geometry: Geometry) -> tuple[Te
 
 def _rows(op: Operation, slot: Slot, shape: Sequence[int]) -> Tensor:
     if "rows" not in op.memo:
-        x = slot.read().view(shape).flatten(2).movedim(1, 2).reshape(-1, shape[1])
+        x = _channels_last(slot, shape)
         op.memo["rows"] = torch.cat([x, x.new_zeros(1, x.shape[1])])
     rows: Tensor = op.memo["rows"]
     return rows
+
+
+def _channels_last(slot: Slot, shape: Sequence[int]) -> Tensor:
+    """(images * positions, channels)"""
+    return slot.read().reshape(shape).flatten(2).movedim(1, 2).reshape(-1, shape[1])
 
 
 def _taps(op: Operation, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..policy import Policy
 from ..registry import Link, register
 from ..trace import Operation, Slot
+from .common import coordinates, ravel, same
 from .pointwise import MASKS
 
 # Which argument numbers are the signals; the others (indices, masks, sizes) are given to the operation as they were.
@@ -121,6 +122,24 @@ def moved(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy
 for _name, _signals in _SIGNALS.items():
     if _name not in ("scatter", "index_put", "_index_put_impl"):
         register(_name, reads=[i for i in range(10) if i not in _signals])(moved)
+
+
+@register("pad", "constant_pad_nd", reads=range(1, 10))
+def padded(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """A constant around a tensor; what is no constant is replayed as every layout operation is."""
+    if op.name == "pad" and op.argument(2, "mode", "constant") != "constant":
+        return moved(op, output, neurons, direction, policy)
+    slot, out = op.args[0], op.outputs[output]
+    assert out is not None
+    widths = op.argument(1, "pad")
+    if not any(widths):
+        return same(slot, neurons, direction)
+    before = [0] * (len(slot.shape) - len(widths) // 2) + [*widths[::2]][::-1]  # the last dimension comes first
+    where = [at - low for at, low in zip(coordinates(neurons, out.shape), before, strict=True)]
+    pairs = zip(where, slot.shape, strict=True)
+    inside = torch.stack([(at >= 0) & (at < extent) for at, extent in pairs]).all(0)
+    element = torch.where(inside, ravel(where, slot.shape), 0)
+    return [Link(slot, element[:, None], inside.to(direction.dtype)[:, None], direction[:, None])]
 
 
 def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:

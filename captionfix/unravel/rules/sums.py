@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..policy import Policy, split
 from ..registry import Link, register
 from ..trace import Operation, Slot
@@ -67,6 +68,9 @@ def linear(op: Operation, output: int, neurons: Tensor, direction: Tensor, polic
     keep = policy.linear_keeps(op)
     features = x.shape[-1]
     values = x.read().reshape(-1, features)
+    if policy.plain and keep is not None and kernels.usable(values, direction):
+        found = kernels.contributors(values, rows[:, None], neurons, direction, kernels.Window(), keep)
+        return [Link(x, *found)]
     links = []
     for part in chunks(len(neurons), features):
         row, unit = neurons[part].div(len(rows), rounding_mode="floor"), neurons[part].remainder(len(rows))

@@ -1,0 +1,144 @@
+"""The compiled loops against the tensor operations that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from networks import FOLLOWED, captioner
+from test_conservation import record
+from test_evidence import ROWS, evidence, rows_of
+from test_independence import tied
+
+from captionfix.unravel import Policy, kernels, start, walk
+from captionfix.unravel.evidence import settle
+
+pytest.importorskip("numba", reason="the compiled loops need numba")
+ENGINE = settings(settings.get_profile("engine"), max_examples=50)
+
+
+@pytest.fixture(scope="module")
+def switched():
+    """Sets whether the loops are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield lambda on: patch.setenv("CAPTIONFIX_COMPILED", "1" if on else "0")
+
+
+def both(switched, compute):
+    results = []
+    for on in (True, False):
+        switched(on)
+        assert kernels.enabled() is on
+        results.append(compute())
+    return results
+
+
+@ENGINE
+@given(rows=ROWS, budget=st.sampled_from([None, 1, 2, 5]))
+def test_settled_tables_are_the_same(switched, rows, budget):
+    loops, tensors = both(switched, lambda: rows_of(settle([evidence(rows)], 4, budget)))
+    assert [r[0] for r in loops] == sorted(r[0] for r in loops)
+    if budget is None:
+        assert sorted(loops) == sorted(r for r in tensors if r[3] > 0)
+        return
+    for word in range(4):  # of two equal masses either may stay, so masses are compared and not their places
+        mine, theirs = (sorted(r[3] for r in table if r[0] == word and r[3] > 0) for table in (loops, tensors))
+        assert mine == pytest.approx(theirs, abs=1e-12)
+        assert len(mine) <= budget
+    everything = {r[:3] for r in rows_of(evidence(rows))}
+    assert {r[:3] for r in loops} <= everything
+    assert len({r[:3] for r in loops}) == len(loops)
+
+
+@ENGINE
+@given(rows=ROWS)
+def test_distinct_neurons_are_the_same(switched, rows):
+    table = evidence(rows)
+    for neurons, direction, which in both(switched, table.neurons):
+        assert neurons[which].tolist() == table.element.tolist()
+        assert direction[which].tolist() == table.direction.tolist()
+        assert len({*zip(neurons.tolist(), direction.tolist(), strict=True)}) == len(neurons)
+
+
+CONVOLUTIONS = st.fixed_dictionaries(
+    {
+        "dimensions": st.integers(1, 3),
+        "groups": st.sampled_from([1, 2, 4]),
+        "kernel": st.integers(1, 3),
+        "stride": st.integers(1, 2),
+        "padding": st.integers(0, 2),
+        "dilation": st.integers(1, 2),
+        "keep": st.sampled_from([1, 4, 16, 1000]),
+        "threads": st.sampled_from([1, 3]),
+    }
+)
+
+
+@ENGINE
+@given(c=CONVOLUTIONS, seed=st.integers(0, 1000))
+def test_contributors_of_any_convolution_are_the_same(switched, c, seed):
+    torch.manual_seed(seed)
+    n = c["dimensions"]
+    layer = getattr(torch.nn, f"Conv{n}d")(
+        8, 12, c["kernel"], c["stride"], c["padding"], c["dilation"], c["groups"]
+    ).double()
+    with torch.no_grad():
+        trace, x, out = recorded(layer, torch.randn(2, 8, *(6, 7, 8)[:n], dtype=torch.float64))
+    neurons = torch.randperm(out.numel)[:60]
+    target = start(out, neurons, -1.0 if seed % 2 else 1.0)
+    policy = Policy(convolutions=c["keep"], neurons=None)
+    threads, shared = torch.get_num_threads(), kernels._SHARED
+    kernels._SHARED = 1  # or so small a layer would never be shared between threads
+    try:
+        torch.set_num_threads(c["threads"])
+        loops, tensors = both(switched, lambda: ended(walk(trace, [(out, target)], policy), x, len(neurons)))
+    finally:
+        torch.set_num_threads(threads)
+        kernels._SHARED = shared
+    for mine, theirs in zip(loops, tensors, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
+
+
+def recorded(layer, x):
+    from captionfix.unravel import Trace
+
+    with Trace(layer) as trace:
+        at = trace.slot(trace.watch("x", x))
+        out = trace.slot(layer(x))
+    return trace, at, out
+
+
+def ended(account, x, words):
+    """Mass wanted higher, mass wanted lower, and what ended in the bias."""
+    found = account.at(x)
+    return (
+        found.where(found.direction > 0).dense(words, x.numel),
+        found.where(found.direction < 0).dense(words, x.numel),
+        account.bias,
+    )
+
+
+@settings(settings.get_profile("engine"), max_examples=20)
+@given(data=st.data())
+def test_a_whole_captioner_unravels_alike(switched, data):
+    network, pixels, tokens = captioner(lambda options: data.draw(st.sampled_from(options)))
+    network.double()
+    pixels = torch.randn(pixels.shape, dtype=torch.float64)
+    assume(not tied(network, pixels, tokens))
+    trace, image, words, _, logits = record(network, pixels, tokens)
+    elements = [i * (logits.numel // 4) for i in range(4)]
+    for name in ("default", "small", "full"):
+
+        def compute(policy=FOLLOWED[name]):
+            account = walk(trace, [(logits, start(logits, elements))], policy)
+            return *ended(account, image, 4), *ended(account, words, 4)
+
+        for mine, theirs in zip(*both(switched, compute), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-7)
+
+
+def test_other_types_take_the_tensor_operations():
+    assert not kernels.usable(torch.zeros(1, dtype=torch.bfloat16))
+    assert not kernels.usable(torch.zeros(1, device="meta"))
+    assert kernels.usable(torch.zeros(1)) is kernels.enabled()
