@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
+from torch.nn.functional import conv_transpose1d, conv_transpose2d, conv_transpose3d
 
 from .evidence import Evidence, join
 from .policy import Policy
@@ -22,9 +22,9 @@ from .registry import Link
 from .trace import Operation, Slot, Value
 
 _CONVOLUTIONS = {
-    "conv1d": (1, conv1d_input),
-    "conv2d": (2, conv2d_input),
-    "conv3d": (3, conv3d_input),
+    "conv1d": (1, conv_transpose1d),
+    "conv2d": (2, conv_transpose2d),
+    "conv3d": (3, conv_transpose3d),
 }
 DENSE = frozenset({*_CONVOLUTIONS, "linear"})
 _NUMBERS = 1 << 24  # products held at once
@@ -155,7 +155,8 @@ class Fields:
         for slot, index, share, direction in links:
             kept += share.sum(1)
             if index.data_ptr() == neurons.data_ptr() and index.shape[1] == 1 and len(neurons) == slot.numel:
-                up = direction[:, 0] > 0  # every element to the same one: nothing to look up
+                # every element to the same one: nothing to look up
+                up = direction[:, 0] > 0
                 for row, which in ((0, up), (1, ~up)):
                     if bool(which.any()):
                         self.add(slot, row, mass * torch.where(which, share[:, 0], 0))
@@ -213,7 +214,12 @@ def _both_ways(
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = torch.zeros(size, dtype=ratio.dtype, device=ratio.device, requires_grad=True)
                 return torch.autograd.grad(forward(leaf, weight.clone()), leaf, grad.clone())[0]
-        result: Tensor = backward(size, weight, grad, stride, padding, dilation, groups)
+        extent, kernel = size[-dimensions:], weight.shape[2:]
+        beyond = [  # input that the last window does not reach, as the stride goes over it
+            n - ((o - 1) * s - 2 * p + d * (k - 1) + 1)
+            for n, o, s, p, d, k in zip(extent, grad.shape[2:], stride, padding, dilation, kernel, strict=True)
+        ]
+        result: Tensor = backward(grad, weight, None, stride, padding, beyond, groups, dilation)
         return result
 
     return forward, transpose

@@ -342,7 +342,11 @@ def _walk_dense(
                 fields.add_field(into, field)
                 account.bias += lost
                 continue
-            for _, direction, mass in field:
+            for row, direction, mass in field:
+                same = _unchanged(operation, rule, number, direction, policy) if rule.pointwise else None
+                if same is not None:
+                    fields.add(same, row, mass)
+                    continue
                 held = mass.sum(0) > 0
                 if 4 * int(held.sum()) > len(held):  # so many that it is cheaper not to choose them
                     neurons = torch.arange(len(held), device=mass.device)
@@ -354,6 +358,19 @@ def _walk_dense(
                     links = rule.function(operation, number, neurons, towards, policy)
                     account.bias += fields.follow(links, mass, neurons)
         operation.memo.clear()
+
+
+def _unchanged(operation: Operation, rule: Rule, number: int, direction: int, policy: Policy) -> Slot | None:
+    """The input to whose elements a pointwise operation hands all evidence of a direction as it is, one to one; None
+    where it turns some or puts them elsewhere."""
+    out = operation.outputs[number]
+    assert out is not None
+    assert rule.function is not None
+    neurons = torch.arange(out.numel, device=out.value.device)
+    towards = torch.full((out.numel,), float(direction), dtype=out.value.dtype, device=neurons.device)
+    ((slot, index, _, turned),) = rule.function(operation, number, neurons, towards, policy)
+    alike = index.data_ptr() == neurons.data_ptr() and slot.numel == out.numel
+    return slot if alike and (turned.data_ptr() == towards.data_ptr() or bool((turned == direction).all())) else None
 
 
 def find_feature_map(
