@@ -32,11 +32,11 @@ class Leg(NamedTuple):
 
     Attributes:
         evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
-        place: (n, h, w), by which fixations count at their own place; None: they count as they are.
+        place: (n, h, w), the evidence by which fixations count at their own place.
     """
 
     evidence: Tensor
-    place: Tensor | None = None
+    place: Tensor
 
 
 def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
@@ -45,15 +45,20 @@ def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Fl
 
 
 def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
-    return Leg(map_to_pixels.channels(features[0], normalised(removal(captioner, features, caption))))
+    return _by_cells(features, removal(captioner, features, caption))
 
 
 def _by_flow(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
-    return Leg(normalised(found.features))
+    return Leg(normalised(found.features), normalised(found.features.sum(1)))
 
 
 def _by_attention(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
-    return Leg(map_to_pixels.channels(features[0], normalised(attention(captioner, features, caption))))
+    return _by_cells(features, attention(captioner, features, caption))
+
+
+def _by_cells(features: Tensor, maps: Tensor) -> Leg:
+    place = normalised(maps)
+    return Leg(map_to_pixels.channels(features[0], place), place)
 
 
 METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Leg]] = {
@@ -142,10 +147,11 @@ def explain(
             caption (all their occurrences) or places. ``"alternatives"`` explains every word's flow by what speaks for
             it and against the words that the captioner finds likely in its place, sum_v p(v) logit(v); a removal's
             drop of log-probability is against them already.
-        method: how words depend on the feature map: ``"joined"`` (the default: removal and flow together),
-            ``"removal"``, ``"flow"`` or ``"attention"``; or a method of other tools, for comparison, such as
-            ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of `captionfix.evaluate.methods`), which makes
-            maps on its own and knows no policy, no image share and no language credits.
+        method: how words depend on the feature map: ``"joined"`` (removal and flow together: the default, unless the
+            captioner's folder names another), ``"removal"``, ``"flow"`` or ``"attention"``; or a method of other tools,
+            for comparison, such as ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of
+            `captionfix.evaluate.methods`), which makes maps on its own and knows no policy, no image share and no
+            language credits.
         policy: how much evidence is followed: ``"default"``, ``"fast"`` (a fixed number of neurons a word in every
             layer, whatever the CNN's size), ``"paper"`` (CNN Fixations as published; its method is
             the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
@@ -196,9 +202,10 @@ def settle(
         method, policy = WITH_POLICY[method]
     if method == "default":
         method = "flow" if policy == "paper" else str(captioner.defaults.get("method", "joined"))
+        if policy == "default":
+            policy = captioner.defaults.get("policy", "default")  # type: ignore[assignment]
     if method in METHODS:
-        chosen = captioner.defaults.get("policy", "default") if policy == "default" else policy
-        return Settings(method, METHODS[method], Policy.named(chosen))  # type: ignore[arg-type]
+        return Settings(method, METHODS[method], Policy.named(policy))  # type: ignore[arg-type]
     maps, options = import_module(OTHERS).resolve(method)
     if policy != "default":
         raise PolicyError(f"method {method!r} makes its maps on its own and follows no policy; leave the policy out")
@@ -276,8 +283,9 @@ def explain_ids(
             settings.policy,
             torch.tensor(owner, device=pixels.device),
         )
-        places = [leg.place for leg in legs if leg.place is not None]
-        masses = [map_to_pixels.agreeing(mass, torch.cat(places)) if places else mass]
+        if settings.policy.mass == "share":  # published sets of fixations stay as they are
+            mass = map_to_pixels.agreeing(mass, torch.cat([leg.place for leg in legs]))
+        masses = [mass]
     if masses:
         points = iter(torch.cat(masses).cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]

@@ -142,6 +142,8 @@ def train_scenes(
         pool=4,
         dropout=0.0,
         max_words=longest + 4,
+        # its attention points at objects, so the flow alone finds them best (docs/method.md)
+        explain={"method": "flow", "policy": "fast"} if family == "show-attend-tell" else None,
     )
     run = Run(model, tokenizer, SIDE, place, half=half, check=lambda c: str(score_scenes(c, 200)))
     encoded = encode_captions(tokenizer, [[caption] for caption in captions], longest)

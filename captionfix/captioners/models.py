@@ -35,6 +35,7 @@ class CaptionerConfig(PretrainedConfig):
         frozen_norms: the CNN's batch norms keep their running statistics in training.
         max_words: longest caption, end not counted.
         beam_length_power: the beam search compares log-probabilities divided by length to this power.
+        explain: the captioner's own settings for `captionfix.explain`, ``{"method": ..., "policy": ...}``.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class CaptionerConfig(PretrainedConfig):
         frozen_norms: bool = False,
         max_words: int = 20,
         beam_length_power: float = 1.0,
+        explain: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.cnn = cnn if cnn is not None else {"model_type": "mobilenet_v2"}
@@ -65,6 +67,7 @@ class CaptionerConfig(PretrainedConfig):
         self.frozen_norms = frozen_norms
         self.max_words = max_words
         self.beam_length_power = beam_length_power
+        self.explain = explain
         kwargs.setdefault("pad_token_id", 0)
         kwargs.setdefault("bos_token_id", 1)
         kwargs.setdefault("eos_token_id", 2)
