@@ -148,10 +148,10 @@ def explain(
             it and against the words that the captioner finds likely in its place, sum_v p(v) logit(v); a removal's
             drop of log-probability is against them already.
         method: how words depend on the feature map: ``"joined"`` (removal and flow together: the default, unless the
-            captioner's folder names another), ``"removal"``, ``"flow"`` or ``"attention"``; or a method of other tools,
-            for comparison, such as ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of
-            `captionfix.evaluate.methods`), which makes maps on its own and knows no policy, no image share and no
-            language credits.
+            captioner's folder names another), ``"removal"``, ``"flow"`` or ``"attention"``, also with a policy as in
+            ``"flow:policy=fast"``; or a method of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"``
+            or ``"rise:masks=500"`` (all of `captionfix.evaluate.methods`), which makes maps on its own and knows no
+            policy, no image share and no language credits.
         policy: how much evidence is followed: ``"default"``, ``"fast"`` (a fixed number of neurons a word in every
             layer, whatever the CNN's size), ``"paper"`` (CNN Fixations as published; its method is
             the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
@@ -198,6 +198,12 @@ def settle(
     Raises:
         PolicyError: there is no such method or policy, or they do not go together.
     """
+    plain, _, option = method.partition(":")
+    if option and (plain in METHODS or plain == "default"):
+        key, _, named = option.partition("=")
+        if key != "policy" or not named or policy != "default":
+            raise PolicyError(f"method {method!r}: its one option is a policy's name, once, as {plain}:policy=fast")
+        method, policy = plain, named
     if method in WITH_POLICY and policy in ("default", WITH_POLICY[method][1]):
         method, policy = WITH_POLICY[method]
     if method == "default":

@@ -11,7 +11,9 @@ from PIL import Image
 
 import captionfix
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
+from captionfix.map_to_pixels import agreeing
 from captionfix.scenes import scene
+from captionfix.unravel import Policy
 
 METHODS = ["joined", "removal", "flow", "attention"]
 
@@ -119,6 +121,40 @@ def test_methods_and_policies_point_at_the_objects(captioner, method, policy):
     assert np.mean(hits) >= 0.8  # by chance a point is in the right object in about one of fourteen
 
 
+def test_a_captioner_brings_its_own_setting(captioner, made):
+    own, named, alike = (
+        captionfix.explain(captioner, made.image, caption=made.caption, **options)
+        for options in ({}, {"method": "joined"}, {"method": "flow:policy=fast"})
+    )
+    assert (own.method, own.policy) == ("flow", Policy.named("fast").as_dict())  # models/scenes/config.json
+    assert (named.method, named.policy) == ("joined", Policy.named("default").as_dict())
+    for word, other in zip(own, alike, strict=True):
+        np.testing.assert_array_equal(word.fixations, other.fixations)
+    captioner_without = captionfix.load("photos")
+    assert captionfix.explain(captioner_without, made.image, caption="a red ball").method == "joined"
+
+
+def test_fixations_count_by_the_square_of_their_places_evidence():
+    random = np.random.default_rng(0)
+    mass, place = random.random((2, 8, 12)), random.random((2, 4, 4))
+    mass[:, :, 6:] = 0
+    place[1, :, :3] = 0  # nothing of the second word's evidence lies where its fixations do
+    found = agreeing(torch.from_numpy(mass), torch.from_numpy(place)).numpy()
+    expected = np.zeros_like(mass[0])
+    for row, column in np.ndindex(8, 6):
+        y, x = np.clip((row + 0.5) * 4 / 8 - 0.5, 0, 3), np.clip((column + 0.5) * 4 / 12 - 0.5, 0, 3)
+        low = place[0][int(y) : int(y) + 2, int(x) : int(x) + 2]
+        up, left = np.array([1 - y % 1, y % 1])[: len(low)], np.array([1 - x % 1, x % 1])[: low.shape[1]]
+        expected[row, column] = mass[0, row, column] * (up @ low @ left) ** 2
+    np.testing.assert_allclose(found[0], expected * mass[0].sum() / expected.sum(), atol=1e-12)
+    np.testing.assert_array_equal(found[1], mass[1])
+
+
+def test_published_sets_stay_sets(captioner, made):
+    for word in captionfix.explain(captioner, made.image, caption=made.caption, policy="paper"):
+        np.testing.assert_allclose(word.fixations[:, 2], 1 / len(word.fixations), rtol=1e-4)
+
+
 def test_a_list_gives_what_single_calls_give(captioner):
     scenes = [scene(seed, split="test") for seed in (6, 8, 9)]
     together = captionfix.explain(
@@ -212,6 +248,9 @@ def test_the_model_is_left_as_it_was(captioner, made):
         ({"contrast": {99: "red"}}, CaptionError, "not in the caption"),
         ({"contrast": "cat"}, CaptionError, "alternatives"),
         ({"method": "magic"}, PolicyError, "joined.*removal.*flow.*attention"),
+        ({"method": "flow:steps=3"}, PolicyError, "flow:policy=fast"),
+        ({"method": "flow:policy=fast", "policy": "paper"}, PolicyError, "once"),
+        ({"method": "flow:policy=magic"}, PolicyError, "default.*paper.*marginal"),
         ({"policy": "magic"}, PolicyError, "default.*paper.*marginal"),
         ({"policy": {"sums": 0}}, PolicyError, "sums"),
         ({"policy": {"summs": 3}}, PolicyError, "summs"),
