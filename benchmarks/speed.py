@@ -4,6 +4,7 @@
     python benchmarks/speed.py parts --threads 2      # CNNs x decoders, beside Grad-CAM and integrated gradients
     python benchmarks/speed.py curves --threads 2     # words, images in a batch, pixels
     python benchmarks/speed.py memory --threads 2     # peak memory of captioning and of explaining
+    CAPTIONFIX_COMPILED=0 python benchmarks/speed.py  # without the compiled loops (they need numba)
 
 Captioning is one encode and one teacher-forced decode of the caption's words: the least that anybody can do. The
 weights of the CNNs and decoders other than the bundled photo captioner's (MobileNetV2 with attention) are random: speed
@@ -86,12 +87,13 @@ def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Captio
 def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
     """All words of all images explained, from pixels to pixels: (images x words, H, W)."""
     encoded = map_to_pixels.encode(captioner, pixels)
-    evidence = []
+    legs = []
     for features in encoded.features.split(1):
         found = word_to_map.flow(captioner, features, caption, policy)
-        evidence.append(METHODS["joined"](captioner, features, caption, found).evidence)
+        legs.append(METHODS["joined"](captioner, features, caption, found))
     owner = torch.arange(len(pixels)).repeat_interleave(len(caption.ids))
-    return map_to_pixels.pixels(encoded, torch.cat(evidence), policy, owner)[0]
+    mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for leg in legs]), policy, owner)
+    return map_to_pixels.agreeing(mass, torch.cat([leg.place for leg in legs]))
 
 
 def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SHARED = 1 << 18  # products from which a second thread pays
+_TYPES = (torch.float32, torch.float64)
 _BLOCK = 16  # products looked at together
 _PRIME = 11400714819323198485  # 2 ** 64 / golden ratio: Fibonacci hashing
 
@@ -48,19 +49,13 @@ class Window(NamedTuple):
         return table
 
 
+wanted = os.environ.get("CAPTIONFIX_COMPILED", "1") != "0" and importlib.util.find_spec("numba") is not None
+"""Whether the loops are used: numba is there and nobody asked to go without."""
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether these tensors can be worked on by the compiled loops."""
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors) and enabled()
-
-
-def enabled() -> bool:
-    """Whether numba is there and nobody asked to go without."""
-    return os.environ.get("CAPTIONFIX_COMPILED", "1") != "0" and _installed()
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return wanted and all(t.dtype in _TYPES and t.device.type == "cpu" for t in tensors)
 
 
 def merge(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedOperation
+from .. import kernels
 from ..policy import Policy, split
 from ..registry import Link, register, register_equations, register_expansion
 from ..trace import Operation, Slot
@@ -96,7 +97,20 @@ def _inputs(
     """One sum over the input and the hidden state, for the candidate's preactivation."""
     wide, tall = weight_x.shape[1], weight_h.shape[1]
     values_x, values_h = x.read().reshape(-1, wide), h.read().reshape(-1, tall)
-    to_x, to_h = [], []
+    kept = policy.linear_kept
+    if policy.plain and kept is not None and scale_h is None and kernels.usable(weight_x, direction):
+        first, count = int(unit.min()), int(unit.max() - unit.min()) + 1
+        weights = torch.cat([weight_x[first : first + count], weight_h[first : first + count]], 1)
+        column, share, towards = kernels.contributors(
+            torch.cat([values_x, values_h], 1),
+            weights[:, None],
+            row * count + unit - first,
+            direction,
+            kernels.Window(),
+            kept,
+        )
+        return _of_both(x, h, column.remainder(wide + tall), share * mass[:, None], towards, row, wide, tall)
+    parts = []
     for part in chunks(len(row), wide + tall):
         seen = torch.cat([values_x[row[part]], values_h[row[part]]], 1)
         second = weight_h[unit[part]]
@@ -105,18 +119,20 @@ def _inputs(
         towards = sign(seen.gather(1, column))
         if policy.opposed == "input":
             towards = direction[part, None] * sign(weights.gather(1, column))
-        share = share * mass[part, None]
-        in_x = column < wide
-        zero = torch.zeros_like(share)
-        to_x.append(
-            Link(x, row[part, None] * wide + torch.where(in_x, column, 0), torch.where(in_x, share, zero), towards)
-        )
-        to_h.append(
-            Link(
-                h, row[part, None] * tall + torch.where(in_x, 0, column - wide), torch.where(in_x, zero, share), towards
-            )
-        )
-    return [concatenated(to_x), concatenated(to_h)]
+        parts.append(_of_both(x, h, column, share * mass[part, None], towards, row[part], wide, tall))
+    return [concatenated([part[k] for part in parts]) for k in range(2)]
+
+
+def _of_both(
+    x: Slot, h: Slot, column: Tensor, share: Tensor, towards: Tensor, row: Tensor, wide: int, tall: int
+) -> list[Link]:
+    """Columns of input and hidden state side by side, as a link to each."""
+    in_x = column < wide
+    zero = torch.zeros_like(share)
+    return [
+        Link(x, row[:, None] * wide + torch.where(in_x, column, 0), torch.where(in_x, share, zero), towards),
+        Link(h, row[:, None] * tall + torch.where(in_x, 0, column - wide), torch.where(in_x, zero, share), towards),
+    ]
 
 
 def _preactivations(op: Operation, x: Slot, h: Slot) -> Tensor:
