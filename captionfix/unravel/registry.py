@@ -43,27 +43,33 @@ class Rule:
             positions of the arguments that it looks at (keyword arguments always).
         expansion: the equations that are walked instead of the operation, where there is no function.
         equations: the equations that are walked instead of the function where everything is kept.
-        pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements.
+        pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements, all mass with
+            them; or a function that says so of an operation.
     """
 
     function: Callable[..., list[Link]] | None
     expansion: Callable[..., Any] | None = None
     reads: bool | frozenset[int] = True
-    pointwise: bool = False
+    pointwise: bool | Callable[[Any], bool] = False
     equations: Callable[..., Any] | None = None
+
+    def is_pointwise(self, operation: Any) -> bool:
+        """Whether this operation hands each neuron's mass to one element of its own."""
+        return self.pointwise if isinstance(self.pointwise, bool) else self.pointwise(operation)
 
 
 RULES: dict[str, Rule] = {}
 
 
 def register(
-    *names: str, reads: bool | Iterable[int] = True, pointwise: bool = False
+    *names: str, reads: bool | Iterable[int] = True, pointwise: bool | Callable[[Any], bool] = False
 ) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
     """Registers a rule for operations by the name they have in ``torch.ops.aten``, as ``"conv2d"``.
 
     An in-place form (``relu_``) and every overload follow the same rule. ``reads=False`` promises that the rule does
     not look at its inputs' contents, ``reads=(1,)`` that it looks at those of argument 1 (and of keyword arguments)
-    only; ``pointwise=True``, that it gives one link with k = 1 that takes distinct neurons to distinct elements.
+    only; ``pointwise=True`` (or a function of the operation that says so), that it gives one link with k = 1, taking
+    distinct neurons to distinct elements.
     """
 
     looked = reads if isinstance(reads, bool) else frozenset(reads)

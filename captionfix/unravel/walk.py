@@ -217,7 +217,7 @@ def _apply(
                 else Evidence(part.word, slot.cells(part.element), part.direction, part.mass)
             )
             continue
-        if rule.pointwise:  # nothing to look up, and what was distinct stays so
+        if rule.is_pointwise(operation):  # nothing to look up, and what was distinct stays so
             ((slot, index, _, direction),) = rule.function(
                 operation, number, evidence.element, evidence.direction, policy
             )
@@ -343,7 +343,7 @@ def _walk_dense(
                 account.bias += lost
                 continue
             for row, direction, mass in field:
-                same = _unchanged(operation, rule, number, direction, policy) if rule.pointwise else None
+                same = _unchanged(operation, rule, number, direction, policy) if rule.is_pointwise(operation) else None
                 if same is not None:
                     fields.add(same, row, mass)
                     continue

@@ -60,6 +60,8 @@ MOVES = {
     "flip": lambda x: x.flip(1, 3),
     "roll": lambda x: x.roll((2, 1), (2, 3)),
     "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
+    "pad by nothing": lambda x: F.pad(x, (0, 0, 0, 0)),
+    "pad that cuts": lambda x: F.pad(x, (-1, 2, 1, -1)),
     "pad with a value": lambda x: F.pad(x, (1, 2), value=3.0),
     "reflect": lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect"),
     "replicate": lambda x: F.pad(x, (1, 2, 2, 1), mode="replicate"),

@@ -124,16 +124,21 @@ for _name, _signals in _SIGNALS.items():
         register(_name, reads=[i for i in range(10) if i not in _signals])(moved)
 
 
-@register("pad", "constant_pad_nd", reads=range(1, 10))
+def _adds_nothing(op: Operation) -> bool:
+    """Whether a padding has no width: some models pad before every convolution, needed or not."""
+    return not any(op.argument(1, "pad"))
+
+
+@register("pad", "constant_pad_nd", reads=range(1, 10), pointwise=_adds_nothing)
 def padded(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """A constant around a tensor; what is no constant is replayed as every layout operation is."""
     if op.name == "pad" and op.argument(2, "mode", "constant") != "constant":
         return moved(op, output, neurons, direction, policy)
     slot, out = op.args[0], op.outputs[output]
     assert out is not None
-    widths = op.argument(1, "pad")
-    if not any(widths):
+    if _adds_nothing(op):
         return same(slot, neurons, direction)
+    widths = op.argument(1, "pad")
     before = [0] * (len(slot.shape) - len(widths) // 2) + [*widths[::2]][::-1]  # the last dimension comes first
     where = [at - low for at, low in zip(coordinates(neurons, out.shape), before, strict=True)]
     pairs = zip(where, slot.shape, strict=True)
