@@ -92,11 +92,10 @@ def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | N
 
 @torch.inference_mode()
 def agreeing(mass: Tensor, place: Tensor) -> Tensor:
-    """Lets a fixation count by the square of the evidence of the place where it lies.
+    """Lets a fixation count by the evidence of the place where it lies.
 
     A cell of a deep feature map sees nearly the whole image, so its evidence may unravel to pixels far from it. What
-    remains heavy is what the unraveling and the first leg agree on. The square tells words apart better than the
-    evidence itself and costs nothing in pointing; the cube does (docs/method.md).
+    remains heavy is what the unraveling and the first leg agree on.
 
     Args:
         mass: (n, H, W) mass on pixels.
@@ -106,6 +105,6 @@ def agreeing(mass: Tensor, place: Tensor) -> Tensor:
         (n, H, W), each word with the mass that it had.
     """
     here = torch.nn.functional.interpolate(place[:, None], size=mass.shape[1:], mode="bilinear")[:, 0]
-    weighed = mass * here**2
+    weighed = mass * here
     before, after = mass.sum((1, 2), keepdim=True), weighed.sum((1, 2), keepdim=True)
     return torch.where(after > 0, weighed * (before / after.clamp_min(torch.finfo(mass.dtype).tiny)), mass)

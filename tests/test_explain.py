@@ -134,7 +134,7 @@ def test_a_captioner_brings_its_own_setting(captioner, made):
     assert captionfix.explain(captioner_without, made.image, caption="a red ball").method == "joined"
 
 
-def test_fixations_count_by_the_square_of_their_places_evidence():
+def test_fixations_count_by_their_places_evidence():
     random = np.random.default_rng(0)
     mass, place = random.random((2, 8, 12)), random.random((2, 4, 4))
     mass[:, :, 6:] = 0
@@ -145,7 +145,7 @@ def test_fixations_count_by_the_square_of_their_places_evidence():
         y, x = np.clip((row + 0.5) * 4 / 8 - 0.5, 0, 3), np.clip((column + 0.5) * 4 / 12 - 0.5, 0, 3)
         low = place[0][int(y) : int(y) + 2, int(x) : int(x) + 2]
         up, left = np.array([1 - y % 1, y % 1])[: len(low)], np.array([1 - x % 1, x % 1])[: low.shape[1]]
-        expected[row, column] = mass[0, row, column] * (up @ low @ left) ** 2
+        expected[row, column] = mass[0, row, column] * (up @ low @ left)
     np.testing.assert_allclose(found[0], expected * mass[0].sum() / expected.sum(), atol=1e-12)
     np.testing.assert_array_equal(found[1], mass[1])
 
