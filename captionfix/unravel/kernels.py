@@ -2,9 +2,9 @@
 
 A layer's step is little arithmetic in some forty tensor operations, each of which costs more to start than to do. On a
 CPU, with numba installed (the extra ``compiled``), the four that take the time run as loops over neurons. They give
-what the tensor operations give, beyond the order in which numbers are added and which of two equal ones is taken;
+what the tensor operations give, but for the order in which numbers are added and which of two equal ones is taken;
 without numba, on other devices and for other types the tensor operations run. ``CAPTIONFIX_COMPILED=0`` keeps to
-those everywhere.
+those everywhere. The first call in an environment compiles, which takes some seconds; later ones find the result.
 """
 
 from __future__ import annotations
@@ -131,7 +131,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     # numbers are finite (checked before), so comparisons may become vector operations
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "nsz"}}
-    loop: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    loop: Callable[..., Any]
+    try:
+        loop = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to write: compiled anew in every process
+        loop = numba.njit(**options)(function)
     return loop
 
 
