@@ -93,7 +93,7 @@ def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_
         legs.append(METHODS["joined"](captioner, features, caption, found))
     owner = torch.arange(len(pixels)).repeat_interleave(len(caption.ids))
     mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for leg in legs]), policy, owner)
-    return map_to_pixels.agreeing(mass, torch.cat([leg.place for leg in legs]))
+    return map_to_pixels.agreeing(mass, torch.cat([leg.place for leg in legs if leg.place is not None]))
 
 
 def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:

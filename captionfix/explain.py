@@ -32,11 +32,11 @@ class Leg(NamedTuple):
 
     Attributes:
         evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
-        place: (n, h, w), the evidence by which fixations count at their own place.
+        place: (n, h, w), the evidence by which fixations count at their own place; None: they count as they are.
     """
 
     evidence: Tensor
-    place: Tensor
+    place: Tensor | None = None
 
 
 def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
@@ -289,9 +289,9 @@ def explain_ids(
             settings.policy,
             torch.tensor(owner, device=pixels.device),
         )
-        if settings.policy.mass == "share":  # published sets of fixations stay as they are
-            mass = map_to_pixels.agreeing(mass, torch.cat([leg.place for leg in legs]))
-        masses = [mass]
+        places = [leg.place for leg in legs if leg.place is not None]
+        sets = settings.policy.mass == "set"  # as published: they stay as they are
+        masses = [map_to_pixels.agreeing(mass, torch.cat(places)) if places and not sets else mass]
     if masses:
         points = iter(torch.cat(masses).cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]
