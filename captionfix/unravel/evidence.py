@@ -116,7 +116,9 @@ def heaviest(table: Tensor, budget: int | None) -> Evidence:
 def settle(parts: list[Evidence], words: int, budget: int | None = None) -> Evidence:
     """All rows of several tables, merged, and of each word the ``budget`` heaviest (see `Evidence.pruned`)."""
     rows = join(parts)
-    if kernels.usable(rows.mass) and not (rows.distinct and (budget is None or len(rows) <= budget)):
+    if rows.distinct and (budget is None or len(rows) <= budget or int(torch.bincount(rows.word).max()) <= budget):
+        return rows
+    if kernels.usable(rows.mass):
         return Evidence(*kernels.merge(rows.word, rows.element, rows.direction, rows.mass, words, budget), True)
     return rows.merged().pruned(budget, words)
 

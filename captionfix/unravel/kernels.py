@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SHARED = 1 << 18  # products from which a second thread pays
 _TYPES = (torch.float32, torch.float64)
 _BLOCK = 16  # products looked at together
 _PRIME = 11400714819323198485  # 2 ** 64 / golden ratio: Fibonacci hashing
@@ -109,19 +107,7 @@ def contributors(
     element, share = np.zeros(size, np.int64), np.zeros(size, rows.numpy().dtype)
     towards = np.ones_like(share)
     given = (rows.contiguous().numpy(), weights.contiguous().numpy(), neurons.numpy(), direction.numpy())
-    arrays = (*given, window.numbers(), window.groups, element, share, towards)
-    loop = _compiled(_contributors)
-    threads = torch.get_num_threads()
-    if threads == 1 or len(neurons) * weights[0].numel() < _SHARED:
-        loop(*arrays, 0, len(neurons))
-        return torch.from_numpy(element), torch.from_numpy(share), torch.from_numpy(towards)
-    bounds = np.linspace(0, len(neurons), threads + 1).astype(np.int64)
-    others = [threading.Thread(target=loop, args=(*arrays, *bounds[i : i + 2])) for i in range(1, threads)]
-    for thread in others:
-        thread.start()
-    loop(*arrays, *bounds[:2])
-    for thread in others:
-        thread.join()
+    _compiled(_contributors)(*given, window.numbers(), window.groups, element, share, towards)
     return torch.from_numpy(element), torch.from_numpy(share), torch.from_numpy(towards)
 
 
@@ -130,7 +116,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import numba
 
     # numbers are finite (checked before), so comparisons may become vector operations
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "nsz"}}
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"nnan", "nsz"}}
     loop: Callable[..., Any]
     try:
         loop = numba.njit(cache=True, **options)(function)
@@ -264,13 +250,13 @@ def _follow(word, which, mass, index, share, direction):  # type: ignore[no-unty
     return to_word, to_element, to_direction, to_mass, gave
 
 
-def _contributors(rows, weights, neurons, direction, geometry, groups, element, share, towards, start, stop):  # type: ignore[no-untyped-def]
+def _contributors(rows, weights, neurons, direction, geometry, groups, element, share, towards):  # type: ignore[no-untyped-def]
     filters, taps, channels = weights.shape
     out, extent, kernel, stride, padding, dilation = geometry
     places, area = out[0] * out[1] * out[2], extent[0] * extent[1] * extent[2]
     keep, all_channels = element.shape[1], rows.shape[1]
     flat_rows, flat_weights = rows.reshape(-1), weights.reshape(-1)
-    for n in range(start, stop):
+    for n in range(len(neurons)):
         place = neurons[n] % places
         chosen = neurons[n] // places % filters
         image = neurons[n] // places // filters
