@@ -174,16 +174,20 @@ def curves(repeat: int) -> None:
 
 def memory(names: list[str], threads: int) -> None:
     """Each in a process of its own, since a process's peak never falls."""
-    print("                            peak MiB above the loaded captioner: captioning, explaining, ratio")
+    print(f"{'peak MiB':26} {'caption':>8} {'explain':>8} {'ratio':>8}   above the loaded captioner")
     for cnn in names:
-        peaks = []
+        found = []
         for what in ("caption", "default"):
             command = [sys.executable, __file__, "peak", "--threads", str(threads), "--cnn", cnn, "--what", what]
-            peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(f"{cnn:26} {peaks[0]:8.0f} {peaks[1]:8.0f} {peaks[1] / peaks[0]:8.2f}", flush=True)
+            found.append([float(x) for x in subprocess.run(command, check=True, capture_output=True).stdout.split()])
+        (caption, own), (explain, added) = found
+        print(f"{cnn:26} {caption:8.0f} {explain:8.0f} {explain / caption:8.2f}   {own:.0f}, {added:.0f}", flush=True)
 
 
 def peak(cnn: str, what: str) -> None:
+    """Prints the process's peak in MiB, and how much of it is above the loaded captioner and libraries."""
+    small = captionfix.load("scenes")  # libraries and compiled loops are there before the count begins
+    everything(small, picture(128), word_to_map.Caption(small.vocabulary.start, (4, 5, 6)), POLICIES["fast"])
     captioner = build(cnn, "attention")
     pixels, caption = picture(CNNS[cnn][2]), caption_of(captioner, 10)
     gc.collect()
@@ -194,7 +198,7 @@ def peak(cnn: str, what: str) -> None:
             captioner.logits(pixels, caption.inputs(pixels.device))
         else:
             everything(captioner, pixels, caption, POLICIES[what])
-    print(resident("VmHWM") - before)
+    print(resident("VmHWM"), resident("VmHWM") - before)
 
 
 def resident(field: str) -> float:

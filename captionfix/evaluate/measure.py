@@ -136,6 +136,11 @@ class Subject:
         grid = (self.pixels.shape[3], self.pixels.shape[2])
         return [p.region(grid, self.window) for p in self.phrases]
 
+    @property
+    def seed(self) -> int:
+        """Of what is drawn for this picture, the same for all methods."""
+        return self.plan.seed * 1_000_003 + self.number
+
     @cached_property
     def content(self) -> list[int]:
         """The words that some phrase consists of."""
@@ -143,9 +148,7 @@ class Subject:
 
     @cached_property
     def drops(self) -> tuple[NDArray[np.bool_], metrics.Map]:
-        return causal.occlusion_drops(
-            self.captioner, self.pixels, self.caption, seed=self.plan.seed * 1_000_003 + self.number
-        )
+        return causal.occlusion_drops(self.captioner, self.pixels, self.caption, seed=self.seed)
 
     @cached_property
     def blanked(self) -> list[float]:
@@ -164,7 +167,7 @@ class Subject:
 
     def explain(self, method: str, image: Image.Image | None = None) -> Explanation:
         if "seed" in defaults(method) and "seed=" not in method:
-            method = f"{method}:seed={self.plan.seed * 1_000_003 + self.number}"
+            method = f"{method}:seed={self.seed}"
         settings = settle(self.captioner, method)
         return explain_ids(self.captioner, [image or self.image], [self.ids], settings)[0]
 
@@ -301,12 +304,12 @@ def _of_changes(
     """What explains again, under noise or with random weights; one explanation serves every kind of map."""
     rows: list[tuple[str, str, str, float]] = []
     if "noise-sensitivity" in subject.plan.metrics:
-        again = [subject.explain(method, image) for image in causal.noisy(subject.image, seed=subject.plan.seed)]
+        again = [subject.explain(method, image) for image in causal.noisy(subject.image, seed=subject.seed)]
         for kind, maps in heatmaps.items():
             change = causal.noise_sensitivity(maps, (subject.maps(one, kind) for one in again))
             rows += [(kind, "word", "noise-sensitivity", change[k]) for k in subject.content]
     if "randomisation" in subject.plan.metrics:
-        stages = causal.randomised(subject.captioner, subject.pixels, subject.caption, seed=subject.plan.seed)
+        stages = causal.randomised(subject.captioner, subject.pixels, subject.caption, seed=subject.seed)
         with closing(stages):  # so that the weights come back whatever happens here
             for stage in stages:
                 other = subject.explain(method)

@@ -113,6 +113,17 @@ def test_chance_depends_on_the_seed_and_the_picture(captioner, photographs, tmp_
     assert len({tuple(v) for v in values}) == 4
 
 
+def test_every_picture_draws_random_weights_of_its_own(captioner, photographs, tmp_path):
+    pytest.importorskip("scipy")
+    (item,) = published.open_data(str(photographs), limit=1)()
+    wanted = plan(captioner, methods=("default",), metrics=("mass", "randomisation"), maps=("raw",))
+    records, _ = run(captioner, lambda: iter([item, item]), wanted, tmp_path)
+    mass = [[s[3] for s in r.scores if s[2] == "mass"] for r in records]
+    changed = [[s[3] for s in r.scores if s[2] == "randomisation"] for r in records]
+    assert mass[0] == mass[1]
+    assert changed[0] != changed[1]
+
+
 @pytest.mark.parametrize("family", ["show-attend-tell", "show-tell"])
 def test_every_metric_is_written(captioners, family, photographs, tmp_path):
     pytest.importorskip("scipy")
