@@ -143,6 +143,13 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 print(f"  {part:24} {value * 1000:9.1f} ms {value / seconds['caption']:9.2f} of captioning", flush=True)
 
 
+def evidence_on(features: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """Random evidence for each word of each image of a batch, and which image a word belongs to."""
+    spread = torch.rand(len(features), words, *features.shape[2:])
+    evidence = [map_to_pixels.channels(one, maps) for one, maps in zip(features, spread, strict=True)]
+    return torch.cat(evidence), torch.arange(len(features)).repeat_interleave(words)
+
+
 def curves(repeat: int) -> None:
     captioner = build("MobileNetV2", "attention")
     settings = [
@@ -153,15 +160,16 @@ def curves(repeat: int) -> None:
     print("words  images  pixels   caption ms   unravel ms   ratio      fast ms   ratio")
     for words, images, side in settings:
         pixels, caption = picture(side, images), caption_of(captioner, words)
-        encoded = map_to_pixels.encode(captioner, pixels)
-        spread = torch.full((words, *encoded.features.shape[2:]), 1.0)
-        evidence = torch.cat([map_to_pixels.channels(f, spread * torch.rand_like(spread)) for f in encoded.features])
-        owner = torch.arange(images).repeat_interleave(words)
         tokens = caption.inputs(pixels.device).expand(images, -1)
         measured: dict[str, Callable[[], object]] = {"caption": lambda: captioner.logits(pixels, tokens)}
         for name in ("default", "fast"):
             policy = POLICIES[name]
-            measured[name] = lambda policy=policy: map_to_pixels.pixels(encoded, evidence, policy, owner)
+            # as `explain` does: with full tables image by image, else all at once
+            passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if policy.full else images)]
+            started = [(each, evidence_on(each.features, words)) for each in passes]
+            measured[name] = lambda started=started, policy=policy: [
+                map_to_pixels.pixels(each, evidence, policy, owner) for each, (evidence, owner) in started
+            ]
         with torch.inference_mode():
             seconds = in_turn(measured, repeat)
         base, full, few = (1000 * seconds[name] for name in ("caption", "default", "fast"))

@@ -72,6 +72,16 @@ def test_every_method_gives_an_explanation_and_leaves_the_captioner_alone(captio
         np.testing.assert_array_equal(captionfix.read(tmp_path / "saved").maps(False), maps)
 
 
+@pytest.mark.parametrize("name", ["default", *(name for name in methods.METHODS if not name.endswith("-shipped"))])
+def test_every_method_works_where_gradients_are_off(captioner, picture, name):
+    if name.startswith("attention") and captioner.name == "show-tell":
+        pytest.skip("no attention")
+    plain = captionfix.explain(captioner, picture, caption=CAPTION, method=QUICK.get(name, name))
+    with torch.inference_mode():
+        result = captionfix.explain(captioner, picture, caption=CAPTION, method=QUICK.get(name, name))
+    np.testing.assert_allclose(result.maps(specific=False), plain.maps(specific=False), atol=1e-5)
+
+
 def test_score_gradients_are_those_of_the_log_probability(inputs):
     captioner, pixels, features, caption = inputs
     with differentiable(captioner):

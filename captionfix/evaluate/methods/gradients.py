@@ -30,8 +30,8 @@ def integrated_gradients(
     import numpy as np
 
     at, weight = np.polynomial.legendre.leggauss(steps)
-    total = torch.zeros_like(pixels[0]).expand(len(caption.ids), -1, -1, -1).clone()
     with differentiable(captioner):
+        total = torch.zeros_like(pixels[0]).expand(len(caption.ids), -1, -1, -1).clone()
         for first in range(0, steps, BATCH):
             scale = torch.tensor((at[first : first + BATCH] + 1) / 2, dtype=pixels.dtype, device=pixels.device)
             share = torch.tensor(weight[first : first + BATCH] / 2, dtype=pixels.dtype, device=pixels.device)
@@ -55,8 +55,8 @@ def smoothgrad(
     The noise is Gaussian, its deviation ``noise`` times the image's range; all words see the same copies.
     """
     noisy = pixels + noise * (pixels.max() - pixels.min()) * _normal((samples, *pixels.shape[1:]), seed, pixels)
-    total = torch.zeros_like(pixels[0]).expand(len(caption.ids), -1, -1, -1).clone()
     with differentiable(captioner):
+        total = torch.zeros_like(pixels[0]).expand(len(caption.ids), -1, -1, -1).clone()
         for part in noisy.split(BATCH):
             total += pixel_gradients(captioner, part, caption).sum(1)
     return (total / samples).abs().sum(1)
