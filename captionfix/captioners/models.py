@@ -393,6 +393,13 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         assert features is not None
         return {"input_ids": input_ids, "state": self.decoder.begin(features) if state is None else state}
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        # transformers hands an output named "state" on by itself up to 5.23, and no longer since
+        kept: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return {**kept, "state": outputs["state"]}
+
     def _reorder_cache(self, state: State, beam_idx: Tensor) -> State:
         return self.decoder.reorder(state, beam_idx)
 
