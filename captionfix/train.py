@@ -30,8 +30,10 @@ from captionfix.train_fit import Fit, Precision, Run, fit, work_folder
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from captionfix.captioners.models import CaptionerModel
+    from captionfix.captioners.pretrained import PretrainedCaptioner
 
 Family = Literal["show-attend-tell", "show-tell"]
 
@@ -68,7 +70,14 @@ def _model(family: Family, cnn: dict[str, Any], pixels: int, seed: int, **settin
             settings["positions"] = list(shape[2:])
         config = models.ShowAttendTellConfig(**settings)
         model = models.ShowAttendTellModel(config)
-    for part in model.children():  # twice as fast on a CPU
+    return _channels_last(model)
+
+
+def _channels_last(model: CaptionerModel) -> CaptionerModel:
+    """Twice as fast on a CPU."""
+    import torch
+
+    for part in model.children():
         part.to(memory_format=torch.channels_last)
     return model
 
@@ -166,15 +175,36 @@ def train_scenes(
 
 
 def _take_cnn(model: CaptionerModel, start: str | Path) -> None:
+    try:
+        model.encoder.load_state_dict(_own(start).model.encoder.state_dict())
+    except RuntimeError as error:
+        raise CaptionerError(f"{start} has another CNN than this training: {error}") from error
+
+
+def _own(start: str | Path) -> PretrainedCaptioner:
     from captionfix.captioners.loading import load
     from captionfix.captioners.pretrained import PretrainedCaptioner
 
     source = load(start)
-    assert isinstance(source, PretrainedCaptioner)
-    try:
-        model.encoder.load_state_dict(source.model.encoder.state_dict())
-    except RuntimeError as error:
-        raise CaptionerError(f"{start} has another CNN than this training: {error}") from error
+    if not isinstance(source, PretrainedCaptioner):
+        raise CaptionerError(f"{start} is none of the project's own captioners; only those can be trained further")
+    return source
+
+
+def _started(start: str | Path, size: int, seed: int) -> tuple[CaptionerModel, PreTrainedTokenizerFast]:
+    """A captioner's model and words, to be trained further on images of another size.
+
+    Raises:
+        CaptionerError: it is none of the project's own, or it learned a vector for each cell of its map.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    source = _own(start)
+    if getattr(source.model.config, "positions", None) and size != source.model.config.image_size:
+        raise CaptionerError(f"{start} has learned where cells lie on images of {source.model.config.image_size}")
+    source.model.config.image_size = size
+    return _channels_last(source.model), source.tokenizer
 
 
 def train_photos(data: str | Path, out: str | Path, **options: Any) -> Path:
@@ -201,6 +231,7 @@ def train_images(
     dev: Sequence[Captioned] | None = None,
     cnn: str | Path = "google/mobilenet_v2_1.0_224",
     family: Family = "show-attend-tell",
+    start: str | Path | None = None,
     size: int = 224,
     epochs: float = 6,
     tune_epochs: float = 2,
@@ -229,6 +260,8 @@ def train_images(
         dev: images on which BLEU is printed at every checkpoint, or None.
         cnn: folder (or hub id) of the `transformers` vision model to start from; its input is RGB in [-1, 1].
         family: "show-attend-tell" or "show-tell".
+        start: a captioner of the project's own to go on from, as when it is to read larger images: its CNN, decoder,
+            words and settings are taken, and ``cnn``, ``family`` and what describes a decoder say nothing.
         size: side of the square to which images are squashed.
         epochs: of the first stage (CNN as it is; photographs and their mirror images).
         tune_epochs: of the second stage.
@@ -254,32 +287,36 @@ def train_images(
 
     Raises:
         OutputError: `out` is not empty or can't be written.
-        CaptionerError: `cnn` can't be read.
+        CaptionerError: `cnn` can't be read, or `start` is none of the project's own captioners.
     """
     from captionfix.captioners.words import vocabulary, word_tokenizer
     from captionfix.scoring import score_captions
 
     out, place = Path(out), work_folder(Path(out), Path(work) if work is not None else None)
-    tokenizer = word_tokenizer(vocabulary((c for entry in examples for c in entry.captions), at_least))
-    config, weights = _pretrained_cnn(cnn)
-    model = _model(
-        family,
-        config,
-        size,
-        seed,
-        vocab_size=len(tokenizer),
-        word_size=hidden,
-        hidden_size=hidden,
-        value_size=hidden,
-        attention_size=hidden,
-        dropout=dropout,
-        label_smoothing=label_smoothing,
-        tie_words=True,
-        frozen_norms=True,
-        max_words=max_words,
-        beam_length_power=beam_length_power,
-    )
-    model.encoder.cnn.load_state_dict(weights)
+    if start is not None:
+        model, tokenizer = _started(start, size, seed)
+        max_words = model.config.max_words
+    else:
+        tokenizer = word_tokenizer(vocabulary((c for entry in examples for c in entry.captions), at_least))
+        config, weights = _pretrained_cnn(cnn)
+        model = _model(
+            family,
+            config,
+            size,
+            seed,
+            vocab_size=len(tokenizer),
+            word_size=hidden,
+            hidden_size=hidden,
+            value_size=hidden,
+            attention_size=hidden,
+            dropout=dropout,
+            label_smoothing=label_smoothing,
+            tie_words=True,
+            frozen_norms=True,
+            max_words=max_words,
+            beam_length_power=beam_length_power,
+        )
+        model.encoder.cnn.load_state_dict(weights)
     check = None if dev is None else lambda captioner: str(score_captions(captioner, dev[:200]))
     run = Run(model, tokenizer, size, place, half=half, check=check)
     captions = encode_captions(tokenizer, [entry.captions for entry in examples], max_words)

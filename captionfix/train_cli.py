@@ -34,6 +34,11 @@ Seed = Annotated[int, typer.Option(help="Of weights and order.")]
 MaxSteps = Annotated[int, typer.Option(help="End (each stage) after so many steps; -1: by epochs.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Cnn = Annotated[str, typer.Option(help="Folder or hub id of the transformers vision model to start from.")]
+Start = Annotated[
+    str | None, typer.Option(help="A captioner to go on from: its weights and words; --cnn, --family ... are not read.")
+]
+Size = Annotated[int, typer.Option(help="Side of the square that photographs are squashed to.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate of the first stage.")]
 Epochs = Annotated[float, typer.Option(help="Passes of the decoder over the CNN's kept features.")]
 TuneEpochs = Annotated[float, typer.Option(help="Passes of everything, end to end.")]
 Batch = Annotated[int, typer.Option(help="Images a step and process.")]
@@ -77,9 +82,12 @@ def photos(
     out: Out,
     cnn: Cnn = "google/mobilenet_v2_1.0_224",
     family: FamilyOption = Family.attend,
+    start: Start = None,
+    size: Size = 224,
     epochs: Epochs = 6,
     tune_epochs: TuneEpochs = 2,
     batch: Batch = 32,
+    rate: Rate = 1e-3,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,
@@ -102,9 +110,12 @@ def coco(
     out: Out,
     cnn: Cnn = "google/mobilenet_v2_1.0_224",
     family: FamilyOption = Family.attend,
+    start: Start = None,
+    size: Size = 224,
     epochs: Epochs = 6,
     tune_epochs: TuneEpochs = 2,
     batch: Batch = 32,
+    rate: Rate = 1e-3,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,

@@ -28,7 +28,8 @@ TINY = {"size": 32, "hidden": 16, "epochs": 2, "tune_epochs": 2, "batch": 2, "at
 @pytest.fixture
 def cnn(tmp_path):
     torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    # at least 16 channels: with 8 in channels-last order torch 2.14.1 corrupts memory in the backward pass
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
     AutoModel.from_config(config).save_pretrained(tmp_path / "cnn")
     return tmp_path / "cnn"
 
@@ -101,14 +102,14 @@ def test_every_weight_of_the_cnn_is_trained_on(data, cnn, tmp_path):
 
 
 def test_training_learns(data, cnn, tmp_path):
-    """Two colours are told apart after a hundred steps, by both families."""
+    """Two colours are told apart after two hundred steps, by both families."""
     for family in ("show-attend-tell", "show-tell"):
         out = train_photos(
             data,
             tmp_path / family,
             cnn=cnn,
             family=family,
-            **{**TINY, "epochs": 35, "tune_epochs": 1, "rate": 1e-2, "dropout": 0.0, "save_every": 1000},
+            **{**TINY, "epochs": 60, "tune_epochs": 1, "rate": 1e-2, "dropout": 0.0, "save_every": 1000},
         )
         captioner = load(out)
         examples = read_lines(data / "train.jsonl", data / "images")
