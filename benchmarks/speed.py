@@ -30,7 +30,7 @@ from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
-from captionfix.explain import METHODS
+from captionfix.explain import METHODS, unraveled
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
@@ -92,8 +92,7 @@ def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_
         found = word_to_map.flow(captioner, features, caption, policy)
         legs.append(METHODS["joined"](captioner, features, caption, found))
     owner = torch.arange(len(pixels)).repeat_interleave(len(caption.ids))
-    mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for leg in legs]), policy, owner)
-    return map_to_pixels.agreeing(mass, torch.cat([leg.place for leg in legs if leg.place is not None]))
+    return torch.cat(unraveled(encoded, legs, policy, owner))
 
 
 def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:

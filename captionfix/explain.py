@@ -33,15 +33,19 @@ class Leg(NamedTuple):
     Attributes:
         evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
         place: (n, h, w), the evidence by which fixations count at their own place; None: they count as they are.
+        common: part of a word's fixations that are the caption's (`map_to_pixels.agreeing`).
+        power: of the place's evidence.
     """
 
     evidence: Tensor
     place: Tensor | None = None
+    common: float = 0.0
+    power: float = 1.0
 
 
 def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
     start, place = joined(captioner, features, caption, found)
-    return Leg(map_to_pixels.channels(features[0], start), place)
+    return Leg(map_to_pixels.channels(features[0], start), place, common=0.5, power=2.0)
 
 
 def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
@@ -283,15 +287,7 @@ def explain_ids(
         words.append(_words(captioner, mine, caption, found, at_map))
     if legs:
         assert encoded is not None
-        mass, _ = map_to_pixels.pixels(
-            encoded,
-            torch.cat([leg.evidence for leg in legs]),
-            settings.policy,
-            torch.tensor(owner, device=pixels.device),
-        )
-        places = [leg.place for leg in legs if leg.place is not None]
-        sets = settings.policy.mass == "set"  # as published: they stay as they are
-        masses = [map_to_pixels.agreeing(mass, torch.cat(places)) if places and not sets else mass]
+        masses = unraveled(encoded, legs, settings.policy, torch.tensor(owner, device=pixels.device))
     if masses:
         points = iter(torch.cat(masses).cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]
@@ -307,6 +303,27 @@ def explain_ids(
             grid=(pixels.shape[3], pixels.shape[2]),
         )
         for picture, each, ids, p in zip(pictures, words, given, prepared, strict=True)
+    ]
+
+
+def unraveled(
+    encoded: map_to_pixels.Encoded, legs: Sequence[Leg], policy: Policy, owner: Tensor | None = None
+) -> list[Tensor]:
+    """What first legs found, on the pixels: (n, H, W) for each.
+
+    Args:
+        encoded: the recorded pass.
+        legs: of a caption each.
+        policy: what the engine keeps.
+        owner: (n of all legs,) which image of the batch a word belongs to; None: the first.
+    """
+    mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for leg in legs]), policy, owner)
+    parts = mass.split([len(leg.evidence) for leg in legs])
+    if policy.mass == "set":  # as published: they stay as they are
+        return list(parts)
+    return [
+        part if leg.place is None else map_to_pixels.agreeing(part, leg.place, leg.common, leg.power)
+        for part, leg in zip(parts, legs, strict=True)
     ]
 
 

@@ -87,9 +87,7 @@ class Prefixes(PreTrainedModel, GenerationMixin):
         """Logits of the word after each prefix, (B, 1, V)."""
         return ModelOutput(logits=self._decode(features, input_ids)[:, -1:])
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, features: Tensor, **_: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, features: Tensor, **_: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, "features": features}
 
     @classmethod

@@ -387,7 +387,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
 
     # What transformers' generation asks of a model.
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, features: Tensor | None = None, state: State | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         assert features is not None

@@ -1,0 +1,56 @@
+"""The second leg's end: fixations count by the place where they lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captionfix.map_to_pixels import agreeing
+
+
+def bilinear(cells, x, y, size):
+    """A map of (h, w) cells at the centre of pixel x, y of a (size, size) picture, by hand: constant at the edges."""
+    height, width = cells.shape
+    down, across = (y + 0.5) * height / size - 0.5, (x + 0.5) * width / size - 0.5
+    down, across = min(max(down, 0.0), height - 1.0), min(max(across, 0.0), width - 1.0)
+    top, left = int(down), int(across)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    v, u = down - top, across - left
+    upper = (1 - u) * cells[top, left] + u * cells[top, right]
+    lower = (1 - u) * cells[bottom, left] + u * cells[bottom, right]
+    return float((1 - v) * upper + v * lower)
+
+
+@pytest.mark.parametrize(("common", "power"), [(0.0, 1.0), (0.5, 2.0), (1.0, 1.0)])
+def test_a_fixation_counts_by_its_place(common, power):
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(3, 8, 8, generator=generator) * (torch.rand(3, 8, 8, generator=generator) < 0.3)
+    mass /= mass.sum((1, 2), keepdim=True)
+    mass[2] *= 0.4  # what ended in biases is not there
+    place = torch.rand(3, 2, 3, generator=generator)
+    found = agreeing(mass, place, common, power)
+    for word in range(3):
+        total = float(mass[word].sum())
+        expected = torch.zeros(8, 8)
+        for y in range(8):
+            for x in range(8):
+                shared = sum(float(mass[k, y, x] / mass[k].sum()) for k in range(3)) / 3
+                own = float(mass[word, y, x]) / total
+                expected[y, x] = ((1 - common) * own + common * shared) * bilinear(place[word], x, y, 8) ** power
+        assert torch.allclose(found[word], expected * total / expected.sum(), atol=1e-6)
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0.5, 3))
+def test_every_word_keeps_its_mass(seed, common, power):
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(4, 6, 5, generator=generator) * torch.tensor([1.0, 1e-6, 3.0, 0.0])[:, None, None]
+    place = torch.rand(4, 3, 3, generator=generator) * (torch.rand(4, 3, 3, generator=generator) < 0.5)
+    place[0] = 0  # a place that says nothing leaves the word as it is
+    found = agreeing(mass, place, common, power)
+    assert torch.allclose(found.sum((1, 2)), mass.sum((1, 2)), rtol=1e-4)
+    assert bool((found >= 0).all())
+    if common == 0:
+        assert torch.equal(found[0], mass[0])
+    assert not found[3].any()  # a word without evidence gets none of the others'
