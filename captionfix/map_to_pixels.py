@@ -100,9 +100,9 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, power: float = 1.
     Args:
         mass: (n, H, W) mass on pixels, of one caption's words.
         place: (n, h, w) evidence on the feature map's cells, taken bilinearly at the pixels.
-        common: part of a word's fixations that are the caption's: the mean of those of all words with any. Unraveling finds
-            what is seen at all better than it tells words apart (with every agreeing contribution followed, all starts
-            end alike: Sixt, Granz, Landgraf 2020, "When explanations lie"), so the place decides more.
+        common: part of a word's fixations that are the caption's: the mean of those of all words with any. Unraveling
+            finds what is seen at all better than it tells words apart (with every agreeing contribution followed, all
+            starts end alike: Sixt, Granz, Landgraf 2020, "When explanations lie"), so the place decides more.
         power: of the place's evidence.
 
     Returns:

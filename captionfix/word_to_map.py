@@ -85,8 +85,7 @@ def removal(
         out = ((rows[None, :, None] - row[:, None, None]).abs() <= reach) & (
             (columns[None, None, :] - column[:, None, None]).abs() <= reach
         )
-        changed = torch.where(out[:, None], filling, features)
-        without.append(caption.scores(captioner.decode(changed, tokens.expand(len(part), -1))))
+        without.append(caption.scores(captioner.decode_without(features, out, filling, tokens)))
     return (whole - torch.cat(without)).T.reshape(-1, height, width)
 
 

@@ -100,6 +100,24 @@ class Captioner(ABC):
         """`decode(encode(pixels), tokens)`: (B, T, V)."""
         return self.decode(self.encode(pixels), tokens)
 
+    def decode_without(
+        self, features: torch.Tensor, gone: torch.Tensor, filling: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """`decode` of one caption from one feature map with cells taken out, for many such choices of cells.
+
+        Args:
+            features: (1, F, h, w).
+            gone: (B, h, w) bool, the cells taken out each time.
+            filling: (1, F, 1, 1), what they hold instead.
+            tokens: (1, T).
+
+        Returns:
+            (B, T, V) logits.
+        """
+        import torch
+
+        return self.decode(torch.where(gone[:, None], filling, features), tokens.expand(len(gone), -1))
+
     def attention(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
         """(B, T, h, w) attention weights with which each next word is predicted, or None where the model has none."""
         return None

@@ -232,12 +232,19 @@ class ShowAttendTellDecoder(Decoder):
 
     def begin(self, features: Tensor) -> State:
         """(B, F, h, w) features -> h, c, values (B, N, D) and keys (B, N, A) of the N = h w cells."""
+        return self._begin(*self.project(features))
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F, h, w) features -> values (B, N, D) and keys (B, N, A), each cell by itself."""
         cells = self.value(features.flatten(2).transpose(1, 2))
         if self.position is not None:
             cells = cells + self.position
         values = torch.relu(cells)
+        return values, self.key(values)
+
+    def _begin(self, values: Tensor, keys: Tensor) -> State:
         mean = values.mean(1)
-        return torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean)), values, self.key(values)
+        return torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean)), values, keys
 
     def advance(self, state: State, word: Tensor) -> tuple[Tensor, Tensor, State]:
         """One word further: embedded words (B, E) -> output (B, E), attention (B, N), state."""
@@ -259,12 +266,20 @@ class ShowAttendTellDecoder(Decoder):
         return tuple(part.index_select(0, index) for part in state)
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        outs, _ = self.unroll(features, tokens)
+        outs, _ = self.unroll(self.begin(features), tokens)
+        return self.words(self.drop(torch.stack(outs, 1)))
+
+    def without(self, features: Tensor, gone: Tensor, filling: Tensor, tokens: Tensor) -> Tensor:
+        """As `Captioner.decode_without`. Cells are projected by themselves, so each is so once, there and gone."""
+        values, keys = self.project(torch.cat([features, filling.expand_as(features)]))
+        out = gone.flatten(1)[:, :, None]
+        state = self._begin(torch.where(out, values[1], values[0]), torch.where(out, keys[1], keys[0]))
+        outs, _ = self.unroll(state, tokens.expand(len(gone), -1))
         return self.words(self.drop(torch.stack(outs, 1)))
 
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:
         """(B, T, h, w): the weights with which the word after `tokens[:, t]` is predicted."""
-        _, weights = self.unroll(features, tokens)
+        _, weights = self.unroll(self.begin(features), tokens)
         return torch.stack(weights, 1).unflatten(2, features.shape[2:])
 
     def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> Tensor:
@@ -272,15 +287,14 @@ class ShowAttendTellDecoder(Decoder):
 
         Row i is a caption of the image `features[owner[i]]`; a caption that has ended costs nothing any more.
         """
-        outs, _ = self.unroll(features, tokens, lengths, owner)
+        state = self.reorder(self.begin(features), owner)  # several captions an image: the map is projected once
+        outs, _ = self.unroll(state, tokens, lengths)
         return self.words(self.drop(torch.cat(outs)))
 
     def unroll(
-        self, features: Tensor, tokens: Tensor, lengths: list[int] | None = None, owner: Tensor | None = None
+        self, state: State, tokens: Tensor, lengths: list[int] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        state = self.begin(features)
-        if owner is not None:  # several captions an image: the map is projected once
-            state = self.reorder(state, owner)
+        """Outputs and attention weights, word by word, from the state before the first; `lengths` as of `packed`."""
         words = self.drop(self.embedding(tokens))
         outs, weights = [], []
         for t in range(tokens.shape[1] if lengths is None else max(lengths)):

@@ -69,6 +69,16 @@ class PretrainedCaptioner(Captioner):
     def decode(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.decoder(features, tokens)
 
+    def decode_without(
+        self, features: torch.Tensor, gone: torch.Tensor, filling: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        from captionfix.captioners.models import ShowAttendTellDecoder
+
+        decoder = self.model.decoder
+        if isinstance(decoder, ShowAttendTellDecoder):
+            return decoder.without(features, gone, filling, tokens)
+        return super().decode_without(features, gone, filling, tokens)
+
     def attention(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
         from captionfix.captioners.models import ShowAttendTellDecoder
 

@@ -39,6 +39,19 @@ def test_a_logit_depends_on_earlier_words_alone(captioner, pixels):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_cells_taken_out_are_decoded_as_if_each_were_encoded_so(captioner, pixels, fill):
+    features = captioner.encode(pixels[:1])
+    filling = features.mean((2, 3), keepdim=True) * (fill == "mean")
+    gone = torch.rand(7, *features.shape[2:], generator=torch.Generator().manual_seed(0)) < 0.4
+    found = captioner.decode_without(features, gone, filling, TOKENS[:1])
+    for row, cells in zip(found, gone, strict=True):
+        changed = features.clone()
+        changed[0, :, cells] = filling[0, :, 0]
+        torch.testing.assert_close(row, captioner.decode(changed, TOKENS[:1])[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_teacher_forcing_equals_step_by_step(captioner, pixels):
     decoder = captioner.model.decoder
     features = captioner.encode(pixels)
