@@ -242,3 +242,23 @@ def test_two_processes_train_one_captioner(tmp_path):
     words = len(load(tmp_path / "out").vocabulary)
     assert words > 10
     assert state["log_history"][-1]["train_loss"] < 1.2 * math.log(words)  # of one process, not of both together
+
+
+def test_a_captioner_goes_on_learning_on_larger_images(data, cnn, tmp_path):
+    first = train_photos(data, tmp_path / "first", cnn=cnn, half=False, **TINY)
+    options = {**TINY, "size": 64, "epochs": 2, "tune_epochs": 0, "hidden": 99, "at_least": 99}  # said by the start
+    second = train_photos(data, tmp_path / "second", start=first, half=False, **options)
+    before, after = load(first), load(second)
+    assert after.vocabulary == before.vocabulary
+    assert [tuple(c.prepare(Image.new("RGB", (50, 40))).pixels.shape) for c in (before, after)] == [
+        (3, 32, 32),
+        (3, 64, 64),
+    ]
+    for name, weight in before.model.state_dict().items():
+        same = torch.equal(weight, after.model.state_dict()[name])
+        assert same == (name.startswith("encoder.") or not weight.is_floating_point()), name
+
+
+def test_a_captioner_that_learned_where_cells_lie_keeps_its_size(data, tmp_path):
+    with pytest.raises(CaptionerError, match="learned where cells lie"):
+        train_photos(data, tmp_path / "out", start="scenes", size=64)
