@@ -11,7 +11,7 @@ from PIL import Image
 
 import captionfix
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
-from captionfix.map_to_pixels import agreeing
+from captionfix.explain import settle
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
 
@@ -130,24 +130,10 @@ def test_a_captioner_brings_its_own_setting(captioner, made):
     assert (named.method, named.policy) == ("joined", Policy.named("default").as_dict())
     for word, other in zip(own, alike, strict=True):
         np.testing.assert_array_equal(word.fixations, other.fixations)
-    captioner_without = captionfix.load("photos")
-    assert captionfix.explain(captioner_without, made.image, caption="a red ball").method == "joined"
-
-
-def test_fixations_count_by_their_places_evidence():
-    random = np.random.default_rng(0)
-    mass, place = random.random((2, 8, 12)), random.random((2, 4, 4))
-    mass[:, :, 6:] = 0
-    place[1, :, :3] = 0  # nothing of the second word's evidence lies where its fixations do
-    found = agreeing(torch.from_numpy(mass), torch.from_numpy(place)).numpy()
-    expected = np.zeros_like(mass[0])
-    for row, column in np.ndindex(8, 6):
-        y, x = np.clip((row + 0.5) * 4 / 8 - 0.5, 0, 3), np.clip((column + 0.5) * 4 / 12 - 0.5, 0, 3)
-        low = place[0][int(y) : int(y) + 2, int(x) : int(x) + 2]
-        up, left = np.array([1 - y % 1, y % 1])[: len(low)], np.array([1 - x % 1, x % 1])[: low.shape[1]]
-        expected[row, column] = mass[0, row, column] * (up @ low @ left)
-    np.testing.assert_allclose(found[0], expected * mass[0].sum() / expected.sum(), atol=1e-12)
-    np.testing.assert_array_equal(found[1], mass[1])
+    photos = captionfix.load("photos")
+    assert settle(photos).policy == Policy(neurons=2000, full=400)  # models/photos/config.json
+    photos.defaults = {}
+    assert (settle(photos).method, settle(photos).policy) == ("joined", Policy.named("default"))
 
 
 def test_published_sets_stay_sets(captioner, made):
