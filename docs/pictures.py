@@ -110,7 +110,7 @@ def _plain(axis: Axes) -> None:
 
 
 def _write(drawn: Figure, path: Path) -> None:
-    drawn.savefig(path, dpi=110, pil_kwargs={"quality": 88, "optimize": True, "subsampling": 0})
+    drawn.savefig(path, dpi=110, pil_kwargs={"quality": 84, "optimize": True, "subsampling": 0})
 
 
 if __name__ == "__main__":
