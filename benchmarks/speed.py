@@ -30,12 +30,13 @@ from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
-from captionfix.explain import METHODS, unraveled
+from captionfix.explain import METHODS, settle, unraveled
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
 CNNS: dict[str, tuple[dict[str, str] | None, int, int]] = {
-    "MobileNetV2": (None, 1280, 224),  # the bundled captioner's
+    "photos": (None, 1280, 320),  # the bundled captioner as it comes, with its own policy besides
+    "MobileNetV2": (None, 1280, 224),  # the same on smaller images
     "ResNet-50": ({"model_type": "resnet"}, 2048, 224),
     "VGG-16": ({"torchvision": "vgg16"}, 512, 224),
     "Inception v3": ({"torchvision": "inception_v3"}, 2048, 299),
@@ -109,8 +110,9 @@ def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, fl
 def parts(names: list[str], repeat: int, slow: bool) -> None:
     for cnn in names:
         side = CNNS[cnn][2]
-        for decoder in DECODERS:
+        for decoder in DECODERS if cnn != "photos" else DECODERS[:1]:
             captioner = build(cnn, decoder)
+            policies = {**POLICIES, "own": settle(captioner).policy} if cnn == "photos" else POLICIES
             pixels, caption = picture(side), caption_of(captioner, 10)
             tokens = caption.inputs(pixels.device)
             default = POLICIES["default"]
@@ -125,10 +127,12 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 "removal": lambda: word_to_map.removal(captioner, features, caption),
                 "flow": lambda: word_to_map.flow(captioner, features, caption, default),
             }
-            for name, policy in POLICIES.items():
+            for name, policy in policies.items():
                 measured[f"unravel, {name}"] = lambda policy=policy: map_to_pixels.pixels(encoded, evidence, policy)
-            measured["all of it"] = lambda: everything(captioner, pixels, caption, default)
-            measured["all of it, fast"] = lambda: everything(captioner, pixels, caption, POLICIES["fast"])
+            for name in [name for name in policies if name != "paper"]:
+                measured[f"all of it, {name}"] = lambda name=name: everything(
+                    captioner, pixels, caption, policies[name]
+                )
             others = ["gradcam", "gradcam-shipped", *(["integrated-gradients"] if slow else [])]
             for other in others:
                 maps, options = methods.resolve(other)
