@@ -19,6 +19,7 @@ from captionfix.errors import CaptionerError, DataError
 from captionfix.train_data import (
     Captioned,
     Examples,
+    cut,
     draw_scenes,
     encode_captions,
     mirror,
@@ -239,6 +240,7 @@ def train_images(
     rate: float = 1e-3,
     tune_rate: float = 3e-4,
     cnn_rate: float = 1e-4,
+    crop: float = 1.0,
     hidden: int = 512,
     at_least: int = 5,
     max_words: int = 20,
@@ -263,12 +265,14 @@ def train_images(
         start: a captioner of the project's own to go on from, as when it is to read larger images: its CNN, decoder,
             words and settings are taken, and ``cnn``, ``family`` and what describes a decoder say nothing.
         size: side of the square to which images are squashed.
-        epochs: of the first stage (CNN as it is; photographs and their mirror images).
-        tune_epochs: of the second stage.
+        epochs: of the first stage (CNN as it is; photographs and their mirror images); 0 leaves it out.
+        tune_epochs: of the second stage; 0 leaves it out.
         batch: images a step; up to five captions of each.
         rate: the first stage's highest learning rate.
         tune_rate: the second stage's for the decoder.
         cnn_rate: the second stage's for the CNN.
+        crop: in the second stage a photograph is cut at random to between this part and all of its width, and of its
+            height; 1 leaves it whole.
         hidden: units of the LSTM, and size of embeddings, projected cells and attention.
         at_least: a word must occur so often to be in the vocabulary.
         max_words: longer captions are cut.
@@ -287,11 +291,14 @@ def train_images(
 
     Raises:
         OutputError: `out` is not empty or can't be written.
+        DataError: `crop` is not between 0 and 1.
         CaptionerError: `cnn` can't be read, or `start` is none of the project's own captioners.
     """
     from captionfix.captioners.words import vocabulary, word_tokenizer
     from captionfix.scoring import score_captions
 
+    if not 0 < crop <= 1:
+        raise DataError(f"crop={crop}: give the smallest part of either side to keep, up to 1 (whole)")
     out, place = Path(out), work_folder(Path(out), Path(work) if work is not None else None)
     if start is not None:
         model, tokenizer = _started(start, size, seed)
@@ -320,24 +327,26 @@ def train_images(
     check = None if dev is None else lambda captioner: str(score_captions(captioner, dev[:200]))
     run = Run(model, tokenizer, size, place, half=half, check=check)
     captions = encode_captions(tokenizer, [entry.captions for entry in examples], max_words)
-    features = _keep_features(
-        model, len(examples), lambda i: read_square(examples[i].image, size), place / "features.npy", mirrored=True
-    )
-    first = Examples(
-        captions, lambda i, rng: features[i, rng.randrange(2)], "features", tokenizer.pad_token_id, 5, seed
-    )
     common = {"precision": precision, "seed": seed, "save_every": save_every, "max_steps": max_steps}
-    fit(model, first, Fit(epochs, batch, rate, 0.0, **common), place / "decoder", run.export, run.report)  # type: ignore[arg-type]
-    second = Examples(
-        captions,
-        lambda i, rng: mirror(read_square(examples[i].image, size), rng),
-        "pixel_values",
-        tokenizer.pad_token_id,
-        5,
-        seed,
-    )
-    tune = Fit(tune_epochs, batch, tune_rate, cnn_rate, warmup=50, **common)  # type: ignore[arg-type]
-    fit(model, second, tune, place / "tune", run.export, run.report)
+    if epochs > 0:
+        features = _keep_features(
+            model, len(examples), lambda i: read_square(examples[i].image, size), place / "features.npy", mirrored=True
+        )
+        first = Examples(
+            captions, lambda i, rng: features[i, rng.randrange(2)], "features", tokenizer.pad_token_id, 5, seed
+        )
+        fit(model, first, Fit(epochs, batch, rate, 0.0, **common), place / "decoder", run.export, run.report)  # type: ignore[arg-type]
+    if tune_epochs > 0:
+        second = Examples(
+            captions,
+            lambda i, rng: mirror(read_square(examples[i].image, size, cut(crop, rng)), rng),
+            "pixel_values",
+            tokenizer.pad_token_id,
+            5,
+            seed,
+        )
+        tune = Fit(tune_epochs, batch, tune_rate, cnn_rate, warmup=50, **common)  # type: ignore[arg-type]
+        fit(model, second, tune, place / "tune", run.export, run.report)
     return run.finish(out)
 
 

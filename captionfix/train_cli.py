@@ -41,6 +41,8 @@ Size = Annotated[int, typer.Option(help="Side of the square that photographs are
 Rate = Annotated[float, typer.Option(help="Highest learning rate of the first stage.")]
 Epochs = Annotated[float, typer.Option(help="Passes of the decoder over the CNN's kept features.")]
 TuneEpochs = Annotated[float, typer.Option(help="Passes of everything, end to end.")]
+CnnRate = Annotated[float, typer.Option(help="Highest learning rate of the CNN in the second stage.")]
+Crop = Annotated[float, typer.Option(help="Second stage: cut to this part of either side at least, at random; 1: no.")]
 Batch = Annotated[int, typer.Option(help="Images a step and process.")]
 Hidden = Annotated[int, typer.Option(help="Units of the LSTM.")]
 AtLeast = Annotated[int, typer.Option(help="A word must occur so often to be in the vocabulary.")]
@@ -88,6 +90,8 @@ def photos(
     tune_epochs: TuneEpochs = 2,
     batch: Batch = 32,
     rate: Rate = 1e-3,
+    cnn_rate: CnnRate = 1e-4,
+    crop: Crop = 1.0,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,
@@ -116,6 +120,8 @@ def coco(
     tune_epochs: TuneEpochs = 2,
     batch: Batch = 32,
     rate: Rate = 1e-3,
+    cnn_rate: CnnRate = 1e-4,
+    crop: Crop = 1.0,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,

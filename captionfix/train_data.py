@@ -157,15 +157,31 @@ def draw_scenes(place: Path, count: int) -> tuple[np.ndarray, list[str]]:
     return np.load(file, mmap_mode="r"), text.read_text().splitlines()
 
 
-def read_square(path: Path, size: int) -> np.ndarray:
-    """(3, size, size) uint8, squashed."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, as parts of width and height."""
+
+
+def cut(crop: float, rng: random.Random) -> Box | None:
+    """A box of between `crop` and all of the width, and of the height, anywhere; None where `crop` is 1."""
+    if crop == 1:
+        return None
+    width, height = rng.uniform(crop, 1), rng.uniform(crop, 1)
+    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+    return left, top, left + width, top + height
+
+
+def read_square(path: Path, size: int, box: Box | None = None) -> np.ndarray:
+    """(3, size, size) uint8, squashed: the image, or what is in the box."""
     from PIL import Image
 
     from captionfix.images import read_image
 
     image = read_image(path)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    if image.size != (size, size) or box is not None:
+        left, top, right, bottom = box or (0, 0, 1, 1)
+        width, height = image.size
+        edges = (left * width, top * height, right * width, bottom * height)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=edges)
     return np.asarray(image).transpose(2, 0, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from captionfix.errors import CaptionerError, DataError, OutputError
 from captionfix.scoring import score_captions, score_scenes
 from captionfix.train import train_coco, train_photos, train_scenes
 from captionfix.train_cli import app
-from captionfix.train_data import encode_captions, read_coco, read_lines
+from captionfix.train_data import cut, encode_captions, read_coco, read_lines, read_square
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 TINY = {"size": 32, "hidden": 16, "epochs": 2, "tune_epochs": 2, "batch": 2, "at_least": 1, "save_every": 2}
@@ -262,3 +263,40 @@ def test_a_captioner_goes_on_learning_on_larger_images(data, cnn, tmp_path):
 def test_a_captioner_that_learned_where_cells_lie_keeps_its_size(data, tmp_path):
     with pytest.raises(CaptionerError, match="learned where cells lie"):
         train_photos(data, tmp_path / "out", start="scenes", size=64)
+
+
+def test_a_cut_is_what_the_image_holds_there(tmp_path):
+    """Of a picture whose red and green are the column and the row, a cut holds the columns and rows of its box."""
+    columns, rows = np.meshgrid(np.arange(200), np.arange(100))
+    file = tmp_path / "ramp.png"
+    Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8)).save(file)
+    for seed in range(20):
+        left, top, right, bottom = box = cut(0.5, random.Random(seed))
+        assert 0 <= left < right <= 1
+        assert 0 <= top < bottom <= 1
+        assert right - left >= 0.5
+        assert bottom - top >= 0.5
+        assert right - left != bottom - top  # sides are drawn apart
+        red, green, _ = read_square(file, 40, box)
+        for values, low, high in ((red[20], left * 200, right * 200), (green[:, 20], top * 100, bottom * 100)):
+            step = (high - low) / 40
+            expected = low + step * (np.arange(40) + 0.5) - 0.5
+            np.testing.assert_allclose(values[2:-2], expected[2:-2], atol=1)
+    assert cut(1, random.Random(0)) is None
+    assert np.array_equal(read_square(file, 40, (0, 0, 1, 1)), read_square(file, 40))
+
+
+def test_a_cut_that_is_none_is_refused(data, cnn, tmp_path):
+    for crop in (0.0, -1.0, 1.5):
+        with pytest.raises(DataError, match="crop"):
+            train_photos(data, tmp_path / "out", cnn=cnn, crop=crop, **TINY)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_stage_of_no_epochs_is_left_out(data, cnn, tmp_path):
+    first = train_photos(data, tmp_path / "first", cnn=cnn, half=False, **TINY)
+    options = {**TINY, "epochs": 0, "tune_epochs": 1, "crop": 0.6}
+    second = train_photos(data, tmp_path / "second", start=first, half=False, **options)
+    assert {entry.name for entry in (tmp_path / "second.work").iterdir()} == {"latest", "tune"}
+    before, after = load(first).model.state_dict(), load(second).model.state_dict()
+    assert not torch.equal(before["decoder.embedding.weight"], after["decoder.embedding.weight"])
