@@ -167,6 +167,8 @@ def _read(folder: Path, name: str, device: str | torch.device | None) -> Caption
         if type(error) is not Exception and not type(error).__module__.startswith(("huggingface_hub", "transformers")):
             raise
         raise CaptionerError(f"{folder} can't be read as a captioner: {error}") from error
+    for how_read in ("local_files_only", "is_local"):  # transformers would write them with the tokeniser
+        tokenizer.init_kwargs.pop(how_read, None)
     wrong = [f"{len(report[key])} {key.replace('_', ' ')}" for key in report if key.endswith("keys") and report[key]]
     if wrong:
         example = next(sorted(map(str, report[key]))[0] for key in report if key.endswith("keys") and report[key])

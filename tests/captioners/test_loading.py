@@ -41,6 +41,14 @@ def test_round_trip(captioner, folder, pixels):
     )
 
 
+def test_a_captioner_that_was_read_is_written_as_it_was(folder, tmp_path):
+    again = tmp_path / "again"
+    again.mkdir()
+    load(folder).save(again)
+    for name in FILES:
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 @torch.no_grad()
 def test_half_precision_is_stored_but_not_computed(captioner, tmp_path, pixels):
     captioner.save(tmp_path, half=True)
