@@ -95,8 +95,8 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)  # of maps
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the explanation. A dense map is no set of fixations, so nothing of it is an outlier."""
-        return self.policy.as_dict() if self.maps is None else {**self.options, "outliers": False}
+        """Plain values, for the explanation."""
+        return self.policy.as_dict() if self.maps is None else dict(self.options)
 
 
 @overload

@@ -209,9 +209,9 @@ class Explanation:
             if specific:
                 result = maps.specific(self.maps(False, sigma))
             else:
-                outliers = bool(self.policy.get("outliers", True))
+                published = self.policy.get("mass") == "set"  # all fixations weigh the same, strays too
                 each = [
-                    maps.density(word.fixations, self.image.size, self.window, self.grid, sigma, outliers)
+                    maps.density(word.fixations, self.image.size, self.window, self.grid, sigma, published)
                     for word in self.words
                 ]
                 result = np.stack(each) if each else np.zeros((0, self.grid[1], self.grid[0]), dtype=np.float32)

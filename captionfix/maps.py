@@ -73,9 +73,9 @@ def density(
     window: Box,
     grid: tuple[int, int],
     sigma: float | None = None,
-    outliers: bool = True,
+    drop_outliers: bool = False,
 ) -> Floats:
-    """A word's smooth map: its fixations without outliers, under a Gaussian.
+    """A word's smooth map: its fixations under a Gaussian.
 
     Args:
         points: (n, 3): x, y in original pixels, mass.
@@ -84,13 +84,14 @@ def density(
         grid: Width and height of the input.
         sigma: The Gaussian's standard deviation as a fraction of the input's width and height; None for ``SIGMA``. 0
             for none.
-        outliers: Whether to drop outliers; a dense map has none.
+        drop_outliers: Whether outliers (`keep`) are left out, as in the paper, where all fixations weigh the same. With
+            masses a stray one weighs little, and without it a whole region may hold nothing.
 
     Returns:
         (grid height, grid width), sum 1 (all 0 without fixations). The Gaussian is reflected at the edges, so that no
         mass is lost.
     """
-    mass = histogram(points[keep(points, size, window, grid)] if outliers else points, window, grid)
+    mass = histogram(points[keep(points, size, window, grid)] if drop_outliers else points, window, grid)
     total = mass.sum()
     if total <= 0:
         return np.zeros((grid[1], grid[0]), dtype=np.float32)

@@ -75,6 +75,22 @@ def test_specific_takes_off_the_mean(explanation: Explanation) -> None:
     np.testing.assert_allclose(explanation["dog"].heatmap(), own / own.max(), atol=1e-4)
 
 
+def test_a_stray_fixation_stays_in_the_map_by_its_mass_but_not_where_all_weigh_the_same(
+    explanation: Explanation,
+) -> None:
+    """The published set drops outliers before it smooths; where fixations have masses, the map holds all of them."""
+    stray = np.array([[310, 230, 0.01]], dtype=np.float32)  # far from the dog
+    word = replace(
+        explanation["dog"], index=0, fixations=np.concatenate([explanation["dog"].fixations * [1, 1, 0.99], stray])
+    )
+    fields = {**_fields(explanation), "words": (word,)}
+    for policy, held in (({"mass": "share"}, 0.01), ({"mass": "set"}, 0.0)):
+        whole = Explanation(**{**fields, "policy": policy}).maps(False)[0]
+        corner = whole[52:, 52:]  # of 64 x 64
+        assert corner.sum() == pytest.approx(held, abs=1e-6)
+        assert whole.sum() == pytest.approx(1, abs=1e-4)
+
+
 def test_box_is_around_the_words_place(explanation: Explanation) -> None:
     box = explanation["dog"].box()
     assert box is not None
