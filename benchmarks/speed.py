@@ -3,6 +3,7 @@
 
     python benchmarks/speed.py parts --threads 2      # CNNs x decoders, beside Grad-CAM and integrated gradients
     python benchmarks/speed.py curves --threads 2     # words, images in a batch, pixels
+    python benchmarks/speed.py batch --device cuda    # 16 images at once, also on a GPU
     python benchmarks/speed.py memory --threads 2     # peak memory of captioning and of explaining
     CAPTIONFIX_COMPILED=0 python benchmarks/speed.py  # without the compiled loops (they need numba)
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import subprocess
 import sys
 import time
@@ -88,12 +90,17 @@ def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Captio
 def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
     """All words of all images explained, from pixels to pixels: (images x words, H, W)."""
     encoded = map_to_pixels.encode(captioner, pixels)
-    legs = []
-    for features in encoded.features.split(1):
-        found = word_to_map.flow(captioner, features, caption, policy)
-        legs.append(METHODS["joined"](captioner, features, caption, found))
-    owner = torch.arange(len(pixels)).repeat_interleave(len(caption.ids))
+    found = word_to_map.flows(captioner, encoded.features, [caption] * len(pixels), policy)
+    each = zip(encoded.features.split(1), found, strict=True)
+    legs = [METHODS["joined"](captioner, features, caption, flow) for features, flow in each]
+    owner = torch.arange(len(pixels), device=pixels.device).repeat_interleave(len(caption.ids))
     return torch.cat(unraveled(encoded, legs, policy, owner))
+
+
+def finished() -> None:
+    """Waits for a GPU, which works on after a call has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
@@ -101,8 +108,10 @@ def in_turn(parts: dict[str, Callable[[], object]], repeat: int) -> dict[str, fl
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(repeat + 1):
         for name, part in parts.items():
+            finished()
             begin = time.perf_counter()
             part()
+            finished()
             seconds[name].append(time.perf_counter() - begin)
     return {name: float(np.median(each[1:])) for name, each in seconds.items()}
 
@@ -148,9 +157,9 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
 
 def evidence_on(features: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """Random evidence for each word of each image of a batch, and which image a word belongs to."""
-    spread = torch.rand(len(features), words, *features.shape[2:])
+    spread = torch.rand(len(features), words, *features.shape[2:], device=features.device)
     evidence = [map_to_pixels.channels(one, maps) for one, maps in zip(features, spread, strict=True)]
-    return torch.cat(evidence), torch.arange(len(features)).repeat_interleave(words)
+    return torch.cat(evidence), torch.arange(len(features), device=features.device).repeat_interleave(words)
 
 
 def curves(repeat: int) -> None:
@@ -181,6 +190,50 @@ def curves(repeat: int) -> None:
             f" {few:12.1f} {few / base:7.2f}",
             flush=True,
         )
+
+
+def batch(names: list[str], policies: list[str], repeat: int, images: int, device: str) -> None:
+    """As `explain` does it for a list of images: with full tables image by image, else all at once."""
+    on = torch.cuda.get_device_name(device) if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    print(f"{images} images, 10 words each, {on}; milliseconds for all, and how many times captioning")
+    for cnn in names:
+        side = CNNS[cnn][2]
+        for decoder in DECODERS if cnn != "photos" else DECODERS[:1]:
+            captioner = build(cnn, decoder)
+            captioner.model.to(device)
+            pixels, caption = picture(side, images).to(device), caption_of(captioner, 10)
+            tokens, captions = caption.inputs(pixels.device).expand(images, -1), [caption] * images
+            features = captioner.encode(pixels)
+            measured: dict[str, Callable[[], object]] = {
+                "caption": lambda: captioner.logits(pixels, tokens),
+                "caption, beam search": lambda: captioner.generate_from(captioner.encode(pixels), beams=3),
+                "encode": lambda: captioner.encode(pixels),
+                "encode, recorded": lambda: map_to_pixels.encode(captioner, pixels),
+                "removal": lambda: [word_to_map.removal(captioner, one, caption) for one in features.split(1)],
+                "flow": lambda: word_to_map.flows(captioner, features, captions, POLICIES["fast"]),
+            }
+            for name in policies:
+                policy = POLICIES[name]
+                step = 1 if policy.full else images
+                passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(step)]
+                started = [(each, evidence_on(each.features, 10)) for each in passes]
+                measured[f"unravel, {name}"] = lambda started=started, policy=policy: [
+                    map_to_pixels.pixels(each, evidence, policy, owner) for each, (evidence, owner) in started
+                ]
+                measured[f"all of it, {name}"] = lambda step=step, policy=policy: [
+                    everything(captioner, part, caption, policy) for part in pixels.split(step)
+                ]
+            maps, options = methods.resolve("gradcam")
+            measured["gradcam"] = lambda maps=maps, options=options: [
+                maps(captioner, part, captioner.encode(part), caption, **options) for part in pixels.split(1)
+            ]
+            print(f"{cnn}, {decoder}: {side} pixels", flush=True)
+            base = math.nan
+            for part, call in measured.items():
+                with torch.inference_mode():
+                    value = in_turn({part: call}, repeat)[part]
+                base = value if part == "caption" else base
+                print(f"  {part:24} {value * 1000:9.1f} ms {value / base:9.2f}", flush=True)
 
 
 def memory(names: list[str], threads: int) -> None:
@@ -220,18 +273,29 @@ def resident(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["parts", "curves", "memory", "peak"], nargs="?", default="parts")
+    parser.add_argument("table", choices=["parts", "curves", "batch", "memory", "peak"], nargs="?", default="parts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--slow", action="store_true", help="integrated gradients with 50 steps too (minutes)")
     parser.add_argument("--cnn", choices=CNNS, help="only this one")
     parser.add_argument("--what", choices=["caption", *POLICIES], default="default", help="for peak")
+    parser.add_argument("--policies", default="fast,default", help="for batch")
+    parser.add_argument("--images", type=int, default=16, help="for batch")
+    parser.add_argument("--device", default="cpu", help="for batch: cpu, cuda, ...")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.table == "parts":
         parts([options.cnn] if options.cnn else list(CNNS), options.repeat, options.slow)
     elif options.table == "curves":
         curves(options.repeat)
+    elif options.table == "batch":
+        batch(
+            [options.cnn] if options.cnn else list(CNNS),
+            options.policies.split(","),
+            options.repeat,
+            options.images,
+            options.device,
+        )
     elif options.table == "memory":
         memory([options.cnn] if options.cnn else list(CNNS), options.threads)
     else:

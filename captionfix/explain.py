@@ -19,7 +19,7 @@ from .errors import CaptionerError, CaptionError, PolicyError
 from .explanation import Explanation, Explanations, Word
 from .images import read_image
 from .unravel import Policy
-from .word_to_map import Caption, Flow, attention, flow, image_effect, joined, normalised, removal
+from .word_to_map import Caption, Flow, attention, flows, image_effect, joined, normalised, removal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -258,24 +258,25 @@ def explain_ids(
             generated = captioner.generate_from(features[wanted], beams=beams)
         for i, made in zip(wanted, generated, strict=True):
             given[i] = tuple(made)
-    words: list[list[Word]] = []
+    against = {} if isinstance(contrast, str) else contrast
+    captions_of = {
+        i: Caption(captioner.vocabulary.start, ids, _contrasts(captioner, ids, against))
+        for i, ids in enumerate(given)
+        if ids
+    }
+    found: dict[int, Flow] = {}
+    if settings.leg is not None and captions_of:
+        target: Literal["alternatives", "logit"] = "alternatives" if isinstance(contrast, str) else "logit"
+        own = flows(captioner, features[list(captions_of)], list(captions_of.values()), settings.policy, target)
+        found = dict(zip(captions_of, own, strict=True))
+    words: list[list[Word]] = [[] for _ in given]
     legs: list[Leg] = []
     masses: list[Tensor] = []
     owner: list[int] = []
-    for i, ids in enumerate(given):
-        assert ids is not None
-        named = () if isinstance(contrast, str) else _contrasts(captioner, ids, contrast)
-        caption = Caption(captioner.vocabulary.start, ids, named)
-        if not ids:
-            words.append([])
-            continue
+    for i, caption in captions_of.items():
         mine = features[i : i + 1]
-        found = None
         if settings.leg is not None:
-            found = flow(
-                captioner, mine, caption, settings.policy, "alternatives" if isinstance(contrast, str) else "logit"
-            )
-            legs.append(settings.leg(captioner, mine, caption, found))
+            legs.append(settings.leg(captioner, mine, caption, found[i]))
             at_map = legs[-1].evidence.sum(1)
         else:
             assert settings.maps is not None
@@ -283,8 +284,8 @@ def explain_ids(
             at_map = normalised(
                 torch.nn.functional.adaptive_avg_pool2d(masses[-1], (features.shape[2], features.shape[3]))
             )
-        owner += [i] * len(ids)
-        words.append(_words(captioner, mine, caption, found, at_map))
+        owner += [i] * len(caption.ids)
+        words[i] = _words(captioner, mine, caption, found.get(i), at_map)
     if legs:
         assert encoded is not None
         masses = unraveled(encoded, legs, settings.policy, torch.tensor(owner, device=pixels.device))

@@ -19,15 +19,14 @@ from captionfix.errors import CaptionerError, DataError
 from captionfix.train_data import (
     Captioned,
     Examples,
-    cut,
+    Photographs,
     draw_scenes,
     encode_captions,
-    mirror,
     read_coco,
     read_lines,
     read_square,
 )
-from captionfix.train_fit import Fit, Precision, Run, fit, work_folder
+from captionfix.train_fit import Fit, Precision, Run, check_empty, fit, work_folder
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +207,50 @@ def _started(start: str | Path, size: int, seed: int) -> tuple[CaptionerModel, P
     return _channels_last(source.model), source.tokenizer
 
 
+def average(folders: Sequence[str | Path], out: str | Path, *, half: bool = True) -> Path:
+    """Writes the captioner whose weights are the mean of several ones' that were trained from one start.
+
+    Trainings that differ in order and chance alone end in the same valley; their mean is often better than each, and
+    costs no more to run (Wortsman et al. 2022, "Model soups").
+
+    Args:
+        folders: two of the project's own captioners or more, alike in everything but their weights.
+        out: the folder to write; it must not exist or be empty.
+        half: store the weights in 16 bits.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CaptionerError: there are fewer than two, one is none of the project's own, or they are not alike.
+        OutputError: `out` is not empty or can't be written.
+    """
+    import torch
+
+    from captionfix.files import atomic_folder
+
+    out = Path(out)
+    if len(folders) < 2:
+        raise CaptionerError("an average needs two captioners or more")
+    check_empty(out)
+    first, *others = (_own(folder) for folder in folders)
+    mean = {name: value.double() for name, value in first.model.state_dict().items()}
+    for folder, other in zip(folders[1:], others, strict=True):
+        weights = other.model.state_dict()
+        if other.vocabulary != first.vocabulary or {n: v.shape for n, v in weights.items()} != {
+            n: v.shape for n, v in mean.items()
+        }:
+            raise CaptionerError(f"{folder} has other words or another shape than {folders[0]}; they have no average")
+        for name, value in weights.items():
+            mean[name] += value.double()
+    kinds = {name: value.dtype for name, value in first.model.state_dict().items()}
+    with torch.no_grad():
+        first.model.load_state_dict({name: (value / len(folders)).to(kinds[name]) for name, value in mean.items()})
+    with atomic_folder(out) as folder:
+        first.save(folder, half=half)
+    return out
+
+
 def train_photos(data: str | Path, out: str | Path, **options: Any) -> Path:
     """Trains on photographs in lines: `data` holds `train.jsonl`, `dev.jsonl` and `images/`. See `train_images`."""
     data = Path(data)
@@ -248,6 +291,7 @@ def train_images(
     dropout: float = 0.5,
     label_smoothing: float = 0.1,
     precision: Precision = "float32",
+    workers: int = 0,
     half: bool = True,
     seed: int = 0,
     save_every: int = 200,
@@ -280,6 +324,7 @@ def train_images(
         dropout: see `CaptionerConfig`.
         label_smoothing: see `CaptionerConfig`.
         precision: "float32", or mixed "bf16" or "fp16".
+        workers: processes that read photographs ahead in the second stage, so that a GPU need not wait; 0: none.
         half: store the weights in 16 bits.
         seed: of weights and order.
         save_every: steps between checkpoints.
@@ -337,15 +382,9 @@ def train_images(
         )
         fit(model, first, Fit(epochs, batch, rate, 0.0, **common), place / "decoder", run.export, run.report)  # type: ignore[arg-type]
     if tune_epochs > 0:
-        second = Examples(
-            captions,
-            lambda i, rng: mirror(read_square(examples[i].image, size, cut(crop, rng)), rng),
-            "pixel_values",
-            tokenizer.pad_token_id,
-            5,
-            seed,
-        )
-        tune = Fit(tune_epochs, batch, tune_rate, cnn_rate, warmup=50, **common)  # type: ignore[arg-type]
+        photographs = Photographs([entry.image for entry in examples], size, crop)
+        second = Examples(captions, photographs, "pixel_values", tokenizer.pad_token_id, 5, seed)
+        tune = Fit(tune_epochs, batch, tune_rate, cnn_rate, warmup=50, workers=workers, **common)  # type: ignore[arg-type]
         fit(model, second, tune, place / "tune", run.export, run.report)
     return run.finish(out)
 

@@ -43,6 +43,7 @@ Epochs = Annotated[float, typer.Option(help="Passes of the decoder over the CNN'
 TuneEpochs = Annotated[float, typer.Option(help="Passes of everything, end to end.")]
 CnnRate = Annotated[float, typer.Option(help="Highest learning rate of the CNN in the second stage.")]
 Crop = Annotated[float, typer.Option(help="Second stage: cut to this part of either side at least, at random; 1: no.")]
+Workers = Annotated[int, typer.Option(min=0, help="Second stage: processes that read photographs ahead.")]
 Batch = Annotated[int, typer.Option(help="Images a step and process.")]
 Hidden = Annotated[int, typer.Option(help="Units of the LSTM.")]
 AtLeast = Annotated[int, typer.Option(help="A word must occur so often to be in the vocabulary.")]
@@ -95,6 +96,7 @@ def photos(
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,
+    workers: Workers = 0,
     seed: Seed = 0,
     save_every: SaveEvery = 200,
     max_steps: MaxSteps = -1,
@@ -125,6 +127,7 @@ def coco(
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,
+    workers: Workers = 0,
     seed: Seed = 0,
     save_every: SaveEvery = 200,
     max_steps: MaxSteps = -1,
@@ -135,6 +138,18 @@ def coco(
     from captionfix.train import train_coco
 
     typer.echo(f"wrote {train_coco(**options)}")
+
+
+@app.command()
+def average(
+    folders: Annotated[list[str], typer.Argument(help="Captioners trained from one start, two or more.")],
+    out: Out,
+    half: Annotated[bool, typer.Option(help="Store the weights in 16 bits.")] = True,
+) -> None:
+    """Average the weights of captioners that were trained from one start: often better than each."""
+    from captionfix import train
+
+    typer.echo(f"wrote {train.average(folders, out, half=half)}")
 
 
 @app.command()

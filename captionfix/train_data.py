@@ -170,6 +170,18 @@ def cut(crop: float, rng: random.Random) -> Box | None:
     return left, top, left + width, top + height
 
 
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs as `Examples` reads them: cut (see `cut`), squashed, as often as not their mirror image."""
+
+    files: Sequence[Path]
+    size: int
+    crop: float = 1.0
+
+    def __call__(self, index: int, rng: random.Random) -> np.ndarray:
+        return mirror(read_square(self.files[index], self.size, cut(self.crop, rng)), rng)
+
+
 def read_square(path: Path, size: int, box: Box | None = None) -> np.ndarray:
     """(3, size, size) uint8, squashed: the image, or what is in the box."""
     from PIL import Image

@@ -36,6 +36,7 @@ class Fit:
         seed: of order, dropout and initial weights.
         save_every: steps between checkpoints.
         max_steps: ends earlier if positive.
+        workers: processes that read examples ahead.
     """
 
     epochs: float
@@ -48,6 +49,7 @@ class Fit:
     seed: int = 0
     save_every: int = 500
     max_steps: int = -1
+    workers: int = 0
 
 
 def fit(
@@ -120,6 +122,7 @@ def fit(
         label_names=["labels"],
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        dataloader_num_workers=settings.workers,
         average_tokens_across_devices=False,  # the model's loss is a mean: else it would count once for each process
     )
     trainer = Trainer(
@@ -142,9 +145,13 @@ def fit(
             shutil.rmtree(old)
 
 
-def work_folder(out: Path, work: Path | None) -> Path:
+def check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty; choose another output folder")
+
+
+def work_folder(out: Path, work: Path | None) -> Path:
+    check_empty(out)
     place = work if work is not None else out.with_name(out.name + ".work")
     try:
         place.mkdir(parents=True, exist_ok=True)

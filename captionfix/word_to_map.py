@@ -133,18 +133,40 @@ def flow(
     policy: Policy,
     target: Literal["logit", "alternatives"] = "logit",
 ) -> Flow:
-    """Evidence from each word back through the decoder.
+    """Evidence from each word of one caption back through the decoder: `flows` of one."""
+    return flows(captioner, features, [caption], policy, target)[0]
+
+
+def flows(
+    captioner: Captioner,
+    features: Tensor,
+    captions: Sequence[Caption],
+    policy: Policy,
+    target: Literal["logit", "alternatives"] = "logit",
+) -> list[Flow]:
+    """Evidence from each word back through the decoder, which is recorded once for all captions (once for each, where
+    the policy has no budget of neurons or words do not start from their own logits).
 
     Args:
-        captioner: its decoder is recorded once.
-        features: (1, F, h, w).
-        caption: the words.
+        captioner: its decoder is recorded.
+        features: (B, F, h, w).
+        captions: one of each feature map, none empty.
         policy: what the engine keeps.
         target: where mass starts: ``"logit"``, the word's own logit, or ``"alternatives"``, the logit minus the mean
             logit of the words that the model finds likely, sum_v p(v) logit(v). A word with a contrast starts from
             logit(word) - logit(contrast).
     """
-    tokens = caption.inputs(features.device)
+    plain = target == "logit" and all(other is None for caption in captions for other in caption.contrast)
+    if len(captions) > 1 and not (plain and policy.neurons is not None):
+        pairs = zip(features.split(1), captions, strict=True)
+        return [flow(captioner, own, caption, policy, target) for own, caption in pairs]
+    counts = [len(caption.ids) for caption in captions]
+    count, longest, size, device = sum(counts), max(counts), features[0].numel(), features.device
+    # what follows a caption's end, the decoder can't know when it says the words before
+    fed = [[c.start, *c.ids[:-1]] + [c.start] * (longest - len(c.ids)) for c in captions]
+    tokens = torch.tensor(fed, device=device)
+    image = torch.arange(len(captions), device=device).repeat_interleave(torch.tensor(counts, device=device))
+    place = torch.cat([torch.arange(n, device=device) for n in counts])
     module = getattr(captioner, "model", None)
     with Trace(module if isinstance(module, torch.nn.Module) else None) as trace:
         features, tokens = features.clone(), tokens.clone()
@@ -153,29 +175,37 @@ def flow(
         logits = captioner.decode(features, tokens)
         at_logits = trace.slot(logits)
     with torch.inference_mode():
-        found = _targets(trace, at_logits, logits, caption, policy, target)
+        if plain:
+            ids = torch.tensor([word for caption in captions for word in caption.ids], device=device)
+            found = (
+                at_logits,
+                start(at_logits, (image * longest + place) * logits.shape[-1] + ids),
+                logits.new_zeros(count),
+            )
+        else:
+            found = _targets(at_logits, logits, captions[0], policy, target)
         few = replace(policy, full=0)  # all of a decoder is small, but no map
-        account = walk(trace, [found[:2]], few, words=len(caption.ids))
-        shape = features.shape[1:]
-        count = len(caption.ids)
-        return Flow(
-            account.at(at_features).dense(count, features.numel()).view(count, *shape),
-            account.at(at_tokens).dense(count, tokens.numel()),
-            account.rest([at_features, at_tokens]) + account.bias + found[2],
-            logits[0],
-        )
+        account = walk(trace, [found[:2]], few, words=count)
+
+        def own(slot: Slot, each: int) -> Tensor:
+            """(words, each) mass on the part of a batched tensor that is the word's image's."""
+            evidence = account.at(slot)
+            return evidence.at(evidence.element - image[evidence.word] * each).dense(count, each)
+
+        at_map = own(at_features, size).view(count, *features.shape[1:])
+        fed_mass = own(at_tokens, longest)
+        rest = account.rest([at_features, at_tokens]) + account.bias + found[2]
+        parts = zip(at_map.split(counts), fed_mass.split(counts), rest.split(counts), logits, counts, strict=True)
+        return [Flow(at_map, tokens[:, :n], other, said[:n]) for at_map, tokens, other, said, n in parts]
 
 
 def _targets(
-    trace: Trace, slot: Slot, logits: Tensor, caption: Caption, policy: Policy, target: str
+    slot: Slot, logits: Tensor, caption: Caption, policy: Policy, target: str
 ) -> tuple[Slot, Evidence, Tensor]:
-    """Where mass starts: a tensor, evidence on it, and what had to go to the bias at once."""
-    count, vocabulary = len(caption.ids), logits.shape[-1]
+    """Where mass of words against others starts: a tensor, evidence on it, and what had to go to the bias at once."""
+    count = len(caption.ids)
     ids = torch.tensor(caption.ids, device=logits.device)
-    at = torch.arange(count, device=logits.device) * vocabulary + ids
     contrasts = caption.contrast or (None,) * count
-    if target == "logit" and not any(c is not None for c in contrasts):
-        return slot, start(slot, at), logits.new_zeros(count)
     # a difference of logits is one sum over the output layer's inputs, in which what both words share cancels
     producer = slot.value.producer
     if producer is None or producer.name != "linear":

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from captionfix.captioners.loading import load
 from captionfix.errors import CaptionerError, DataError, OutputError
 from captionfix.scoring import score_captions, score_scenes
-from captionfix.train import train_coco, train_photos, train_scenes
+from captionfix.train import average, train_coco, train_photos, train_scenes
 from captionfix.train_cli import app
 from captionfix.train_data import cut, encode_captions, read_coco, read_lines, read_square
 
@@ -300,3 +300,36 @@ def test_a_stage_of_no_epochs_is_left_out(data, cnn, tmp_path):
     assert {entry.name for entry in (tmp_path / "second.work").iterdir()} == {"latest", "tune"}
     before, after = load(first).model.state_dict(), load(second).model.state_dict()
     assert not torch.equal(before["decoder.embedding.weight"], after["decoder.embedding.weight"])
+
+
+def test_photographs_read_by_other_processes_are_the_same(data, cnn, tmp_path):
+    first = train_photos(data, tmp_path / "first", cnn=cnn, half=False, **TINY)
+    options = {**TINY, "epochs": 0, "start": first, "crop": 0.6, "half": False}
+    alone = train_photos(data, tmp_path / "alone", **options)
+    helped = train_photos(data, tmp_path / "helped", workers=2, **options)
+    one, other = weights(alone), weights(helped)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_average_lies_in_the_middle(data, cnn, tmp_path):
+    first = train_photos(data, tmp_path / "first", cnn=cnn, half=False, **TINY)
+    options = {**TINY, "epochs": 0, "start": first, "half": False}
+    folders = [train_photos(data, tmp_path / f"{seed}", seed=seed, **options) for seed in (1, 2, 3)]
+    mean = load(average(folders, tmp_path / "mean", half=False))
+    tables = [load(folder).model.state_dict() for folder in folders]
+    for name, value in mean.model.state_dict().items():
+        expected = np.mean([table[name].numpy() for table in tables], axis=0)
+        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert mean.vocabulary == load(first).vocabulary
+
+
+def test_captioners_that_are_not_alike_have_no_average(data, cnn, tmp_path):
+    first = train_photos(data, tmp_path / "first", cnn=cnn, half=False, **TINY)
+    other = train_photos(data, tmp_path / "other", cnn=cnn, half=False, **{**TINY, "hidden": 8})
+    with pytest.raises(CaptionerError, match="another shape"):
+        average([first, other], tmp_path / "mean")
+    with pytest.raises(CaptionerError, match="two captioners"):
+        average([first], tmp_path / "mean")
+    with pytest.raises(OutputError, match="not empty"):
+        average([first, first], other)
+    assert not (tmp_path / "mean").exists()

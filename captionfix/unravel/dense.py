@@ -137,7 +137,7 @@ class Fields:
 
     def add(self, slot: Slot, row: int, mass: Tensor) -> None:
         """Adds (words, elements) of one direction to a slot's elements; the tensor is the field's from then on."""
-        if not (slot.is_plain() and slot.numel == slot.value.cells):
+        if not slot.covers():
             cells = slot.cells(torch.arange(slot.numel, device=mass.device))
             self.target(slot, row).index_add_(1, cells, mass)
             return

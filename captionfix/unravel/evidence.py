@@ -21,6 +21,7 @@ class Evidence:
         mass: >= 0. A word starts with 1 in all.
         distinct: whether it is known that no two rows have the same word, element and direction, and that rows are
             sorted by word.
+        most: a number of rows that no word exceeds, where one is known.
     """
 
     word: Tensor
@@ -28,23 +29,32 @@ class Evidence:
     direction: Tensor
     mass: Tensor
     distinct: bool = False
+    most: int | None = None
 
     def __len__(self) -> int:
         return len(self.word)
 
     def where(self, keep: Tensor) -> Evidence:
         """The rows that a boolean mask or an index keeps."""
+        mask = keep.dtype == torch.bool
         return Evidence(
             self.word[keep],
             self.element[keep],
             self.direction[keep],
             self.mass[keep],
-            self.distinct and keep.dtype == torch.bool,
+            self.distinct and mask,
+            self.most if mask else None,
         )
 
     def at(self, element: Tensor) -> Evidence:
         """The same rows at other elements."""
-        return Evidence(self.word, element, self.direction, self.mass, self.distinct)
+        return Evidence(self.word, element, self.direction, self.mass, self.distinct, self.most)
+
+    def within(self, budget: int | None) -> bool:
+        """Whether no word has more than ``budget`` rows."""
+        if budget is None or len(self) <= budget or (self.most is not None and self.most <= budget):
+            return True
+        return int(torch.bincount(self.word).max()) <= budget
 
     def neurons(self) -> tuple[Tensor, Tensor, Tensor]:
         """The distinct (element, direction) over all words, and which of them each row is."""
@@ -92,7 +102,8 @@ class Evidence:
         taken = torch.zeros_like(table, dtype=torch.bool).scatter_(1, column, value >= 0)
         kept = self.where(taken[self.word, rank])
         scale = self.per_word(words) / kept.per_word(words).clamp_min(torch.finfo(self.mass.dtype).tiny)
-        return Evidence(kept.word, kept.element, kept.direction, kept.mass * scale[kept.word], self.distinct)
+        mass = kept.mass * scale[kept.word]
+        return Evidence(kept.word, kept.element, kept.direction, mass, self.distinct, budget)
 
 
 def heaviest(table: Tensor, budget: int | None) -> Evidence:
@@ -116,10 +127,11 @@ def heaviest(table: Tensor, budget: int | None) -> Evidence:
 def settle(parts: list[Evidence], words: int, budget: int | None = None) -> Evidence:
     """All rows of several tables, merged, and of each word the ``budget`` heaviest (see `Evidence.pruned`)."""
     rows = join(parts)
-    if rows.distinct and (budget is None or len(rows) <= budget or int(torch.bincount(rows.word).max()) <= budget):
+    if rows.distinct and rows.within(budget):
         return rows
     if kernels.usable(rows.mass):
-        return Evidence(*kernels.merge(rows.word, rows.element, rows.direction, rows.mass, words, budget), True)
+        merged = kernels.merge(rows.word, rows.element, rows.direction, rows.mass, words, budget)
+        return Evidence(*merged, True, budget)
     return rows.merged().pruned(budget, words)
 
 

@@ -127,6 +127,10 @@ class Slot:
             expected *= extent
         return self.offset == 0
 
+    def covers(self) -> bool:
+        """Whether element i lies in cell i, and there are no other cells."""
+        return self.is_plain() and self.numel == self.value.cells
+
     def cells(self, elements: Tensor) -> Tensor:
         """The storage cells of row-major element numbers."""
         if self.is_plain():
@@ -143,9 +147,7 @@ class Slot:
     def elements(self, cells: Tensor) -> Tensor:
         """The row-major element numbers that lie in storage cells, -1 where the tensor does not cover the cell."""
         if self.is_plain():
-            if self.numel == self.value.cells:
-                return cells
-            return torch.where(cells < self.numel, cells, -1)
+            return cells if self.covers() else torch.where(cells < self.numel, cells, -1)
         last = self.offset + sum((extent - 1) * stride for extent, stride in zip(self.shape, self.stride, strict=True))
         table = torch.full((max(last + 1, 1),), -1, dtype=torch.long, device=cells.device)
         numbers = torch.arange(self.numel, device=cells.device).view(self.shape)

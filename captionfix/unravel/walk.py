@@ -170,11 +170,12 @@ def _walk(
             evidence = settle(pending.pop(slot.value), account.words, policy.neurons)
             if _cut(slot.value, evidence, account, wanted) and stop:
                 continue
-            elements = slot.elements(evidence.element)
-            if slot.value.previous is not None and bool((elements < 0).any()):  # cells that the write did not touch
-                pending.setdefault(slot.value.previous, []).append(evidence.where(elements < 0))
-            written = elements >= 0
-            evidence = evidence.at(elements) if bool(written.all()) else evidence.at(elements).where(written)
+            if not slot.covers():
+                elements = slot.elements(evidence.element)
+                written = elements >= 0
+                if slot.value.previous is not None and not bool(written.all()):  # cells that the write did not touch
+                    pending.setdefault(slot.value.previous, []).append(evidence.where(~written))
+                evidence = evidence.at(elements).where(written)
             if len(evidence):
                 arrived[number] = evidence
         if arrived:
@@ -226,6 +227,7 @@ def _apply(
                 direction[:, 0],
                 evidence.mass,
                 evidence.distinct and not slot.repeats(),
+                evidence.most,
             )
             pending.setdefault(slot.value, []).append(part)
             continue
@@ -315,7 +317,7 @@ def _walk_dense(
             field = fields.waiting.pop(slot.value)
             if slot.value in wanted and _cut(slot.value, to_evidence(field), account, wanted) and stop:
                 continue
-            if not (slot.is_plain() and all(slot.numel == mass.shape[1] for _, _, mass in field)):
+            if not slot.covers():
                 cells = slot.cells(torch.arange(slot.numel, device=account.bias.device))
                 whole, field = field, field.at(cells)
                 if slot.value.previous is not None:  # cells that the write did not touch

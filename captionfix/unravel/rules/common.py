@@ -49,9 +49,9 @@ def sign(values: Tensor) -> Tensor:
     )
 
 
-def chunks(rows: int, width: int, limit: int = 1 << 20) -> list[slice]:
-    """Slices of rows so that rows x width stays within ``limit`` numbers: what bounds memory, and stays in caches."""
-    step = max(1, limit // max(width, 1))
+def chunks(rows: int, width: int, device: torch.device) -> list[slice]:
+    """Slices of rows so that rows x width numbers stay in a processor's caches, and on a GPU within its memory."""
+    step = max(1, (1 << 20 if device.type == "cpu" else 1 << 26) // max(width, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -35,6 +35,8 @@ def window(where: Sequence[Tensor], extent: Sequence[int], geometry: Geometry) -
     Returns:
         (D, K) row-major numbers of input positions, K the window's size, -1 in the padding.
     """
+    if {*geometry.kernel, *geometry.stride} == {1} and not any(geometry.padding):
+        return ravel(where, extent)[:, None]
     result = inside = None
     for axis, (place, size) in enumerate(zip(where, extent, strict=True)):
         taps = torch.arange(geometry.kernel[axis], device=place.device) * geometry.dilation[axis]
@@ -71,7 +73,7 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
     area, group = (rows.shape[0] - 1) // shape[0], filters.div(weight.shape[0] // groups, rounding_mode="floor")
     row = torch.where(positions < 0, rows.shape[0] - 1, positions + image[:, None] * area)
     links, falling = [], bool((direction < 0).any())
-    for part in chunks(len(neurons), positions.shape[1] * channels):
+    for part in chunks(len(neurons), positions.shape[1] * channels, neurons.device):
         if groups == 1:
             seen = rows[row[part]]
         else:

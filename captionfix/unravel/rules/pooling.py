@@ -61,7 +61,7 @@ def adaptive_average_pool(op: Operation, output: int, neurons: Tensor, direction
         concatenated(
             [
                 weighted(slot, index[part], None, direction[part], policy.sums, policy)
-                for part in chunks(len(neurons), index.shape[1])
+                for part in chunks(len(neurons), index.shape[1], neurons.device)
             ]
         )
     ]

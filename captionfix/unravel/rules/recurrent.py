@@ -111,7 +111,7 @@ def _inputs(
         )
         return _of_both(x, h, column.remainder(wide + tall), share * mass[:, None], towards, row, wide, tall)
     parts = []
-    for part in chunks(len(row), wide + tall):
+    for part in chunks(len(row), wide + tall, row.device):
         seen = torch.cat([values_x[row[part]], values_h[row[part]]], 1)
         second = weight_h[unit[part]]
         weights = torch.cat([weight_x[unit[part]], second if scale_h is None else second * scale_h[part, None]], 1)

@@ -72,7 +72,7 @@ def linear(op: Operation, output: int, neurons: Tensor, direction: Tensor, polic
         found = kernels.contributors(values, rows[:, None], neurons, direction, kernels.Window(), keep)
         return [Link(x, *found)]
     links = []
-    for part in chunks(len(neurons), features):
+    for part in chunks(len(neurons), features, neurons.device):
         row, unit = neurons[part].div(len(rows), rounding_mode="floor"), neurons[part].remainder(len(rows))
         column, share, towards = _agreeing(values[row], rows[unit], direction[part], keep, policy, None)
         links.append(Link(x, row[:, None] * features + column, share, towards))
@@ -168,7 +168,7 @@ def along(shape: Sequence[int], axes: int | Sequence[int] | None, neurons: Tenso
     inner = torch.zeros(1, dtype=torch.long, device=neurons.device)
     for i in axes:
         inner = (inner[:, None] + torch.arange(shape[i], device=neurons.device) * strides[i]).reshape(-1)
-    for part in chunks(len(neurons), len(inner)):
+    for part in chunks(len(neurons), len(inner), neurons.device):
         yield part, base[part, None] + inner
 
 
