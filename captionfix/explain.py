@@ -162,8 +162,8 @@ def explain(
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
         unknown: what to do about words of a given caption that the captioner does not know: ``"error"`` lists them,
             ``"map"`` feeds the captioner's word for unknown.
-        batch_size: images encoded and unraveled at once; it bounds the memory. A policy with full tables (the default)
-            takes one image at a time.
+        batch_size: images taken at once; it bounds the memory. A policy with full tables (the default) unravels them
+            one by one.
 
     Raises:
         ImageError: an image can't be read.
@@ -186,10 +186,8 @@ def explain(
     settings = settle(captioner, method, policy)
     given = [None if caption is None else captioner.tokenize(caption, unknown) for caption in captions]
     explanations = Explanations()
-    # full tables hold every cell of a batch for every word: image by image they stay small
-    step = 1 if settings.leg is not None and (settings.policy.full or settings.policy.everything) else batch_size
-    for first in range(0, len(pictures), step):
-        part = slice(first, first + step)
+    for first in range(0, len(pictures), batch_size):
+        part = slice(first, first + batch_size)
         explanations += explain_ids(captioner, pictures[part], given[part], settings, contrast or {}, beams)
     return explanations if several else explanations[0]
 
@@ -245,7 +243,9 @@ def explain_ids(
             explained.update(zip(part, alike, strict=True))
         return [explained[i] for i in range(len(sizes))]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
-    encoded = None if settings.leg is None else map_to_pixels.encode(captioner, pixels)
+    # full tables hold every cell of a batch for every word: image by image they stay small
+    alone = len(pixels) > 1 and (settings.policy.full > 0 or settings.policy.everything)
+    encoded = None if settings.leg is None or alone else map_to_pixels.encode(captioner, pixels)
     with torch.inference_mode():
         features = captioner.encode(pixels) if encoded is None else encoded.features
     if not bool(torch.isfinite(features).all()):
@@ -286,9 +286,11 @@ def explain_ids(
             )
         owner += [i] * len(caption.ids)
         words[i] = _words(captioner, mine, caption, found.get(i), at_map)
-    if legs:
-        assert encoded is not None
+    if legs and encoded is not None:
         masses = unraveled(encoded, legs, settings.policy, torch.tensor(owner, device=pixels.device))
+    elif legs:
+        for i, leg in zip(captions_of, legs, strict=True):
+            masses += unraveled(map_to_pixels.encode(captioner, pixels[i : i + 1]), [leg], settings.policy)
     if masses:
         points = iter(torch.cat(masses).cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]

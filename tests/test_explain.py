@@ -141,14 +141,17 @@ def test_published_sets_stay_sets(captioner, made):
         np.testing.assert_allclose(word.fixations[:, 2], 1 / len(word.fixations), rtol=1e-4)
 
 
-def test_a_list_gives_what_single_calls_give(captioner):
-    scenes = [scene(seed, split="test") for seed in (6, 8, 9)]
+@pytest.mark.parametrize(("method", "policy"), [("default", "default"), ("joined", "default"), ("flow", "paper")])
+def test_a_list_gives_what_single_calls_give(captioner, method, policy):
+    scenes = [scene(seed, split="test") for seed in (6, 7, 9)]
+    assert len({len(s.caption.split()) for s in scenes[:2]}) == 2
+    how = {"method": method, "policy": policy}
     together = captionfix.explain(
-        captioner, [s.image for s in scenes], caption=[s.caption for s in scenes], batch_size=2
+        captioner, [s.image for s in scenes], caption=[s.caption for s in scenes], batch_size=2, **how
     )
     assert isinstance(together, captionfix.Explanations)
     for made, result in zip(scenes, together, strict=True):
-        alone = captionfix.explain(captioner, made.image, caption=made.caption)
+        alone = captionfix.explain(captioner, made.image, caption=made.caption, **how)
         for one, other in zip(alone, result, strict=True):
             np.testing.assert_allclose(one.feature_map, other.feature_map, atol=1e-4)
             assert one.image_share == pytest.approx(other.image_share, abs=1e-4)

@@ -12,6 +12,7 @@ import captionfix
 from captionfix import map_to_pixels
 from captionfix.captioners.preprocess import Preprocess
 from captionfix.unravel import Policy, Trace
+from captionfix.word_to_map import Caption, flow, flows
 
 CAPTION = "a red ball runs"
 PREPROCESS = Preprocess((SIZE, SIZE))
@@ -75,6 +76,22 @@ def test_one_image_gives_what_it_gives_in_a_batch(wrapped):
             torch.testing.assert_close(alone, together[k : k + 1], atol=1e-5, rtol=1e-4)
             shorter = captioner.logits(pixels[k : k + 1], TOKENS[k : k + 1, :1])
             torch.testing.assert_close(shorter, together[k : k + 1, :1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_flows_of_a_batch_are_those_of_its_captions(wrapped):
+    _, _, captioner = wrapped
+    captions = [Caption(1, ids) for ids in ((4, 5, 6), (6, 7), (9, 4, 10, 5))]
+    with torch.no_grad():
+        features = captioner.encode(batch(captioner))
+    policy = Policy(
+        sums=None, convolutions=None, neurons=100_000
+    )  # everything is kept: nothing hangs on nearly equal sums
+    together = flows(captioner, features, captions, policy)
+    for k, (caption, found) in enumerate(zip(captions, together, strict=True)):
+        alone = flow(captioner, features[k : k + 1], caption, policy)
+        for one, other in zip(vars(alone).values(), vars(found).values(), strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_recording_changes_nothing(wrapped):
