@@ -33,6 +33,7 @@ from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
 from captionfix.explain import METHODS, settle, unraveled
+from captionfix.memory import keep_freed
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
@@ -88,11 +89,16 @@ def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Captio
 
 
 def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
-    """All words of all images explained, from pixels to pixels: (images x words, H, W)."""
-    encoded = map_to_pixels.encode(captioner, pixels)
-    found = word_to_map.flows(captioner, encoded.features, [caption] * len(pixels), policy)
-    each = zip(encoded.features.split(1), found, strict=True)
-    legs = [METHODS["joined"](captioner, features, caption, flow) for features, flow in each]
+    """All words of all images explained, from pixels to pixels, as `explain` does it: (images x words, H, W)."""
+    alone = policy.full > 0 and len(pixels) > 1
+    encoded = None if alone else map_to_pixels.encode(captioner, pixels)
+    features = captioner.encode(pixels) if encoded is None else encoded.features
+    found = word_to_map.flows(captioner, features, [caption] * len(pixels), policy)
+    each = zip(features.split(1), found, strict=True)
+    legs = [METHODS["joined"](captioner, own, caption, flow) for own, flow in each]
+    if encoded is None:
+        parts = zip(pixels.split(1), legs, strict=True)
+        return torch.cat([unraveled(map_to_pixels.encode(captioner, p), [leg], policy)[0] for p, leg in parts])
     owner = torch.arange(len(pixels), device=pixels.device).repeat_interleave(len(caption.ids))
     return torch.cat(unraveled(encoded, legs, policy, owner))
 
@@ -220,9 +226,7 @@ def batch(names: list[str], policies: list[str], repeat: int, images: int, devic
                 measured[f"unravel, {name}"] = lambda started=started, policy=policy: [
                     map_to_pixels.pixels(each, evidence, policy, owner) for each, (evidence, owner) in started
                 ]
-                measured[f"all of it, {name}"] = lambda step=step, policy=policy: [
-                    everything(captioner, part, caption, policy) for part in pixels.split(step)
-                ]
+                measured[f"all of it, {name}"] = lambda policy=policy: everything(captioner, pixels, caption, policy)
             maps, options = methods.resolve("gradcam")
             measured["gradcam"] = lambda maps=maps, options=options: [
                 maps(captioner, part, captioner.encode(part), caption, **options) for part in pixels.split(1)
@@ -282,7 +286,10 @@ def main() -> None:
     parser.add_argument("--policies", default="fast,default", help="for batch")
     parser.add_argument("--images", type=int, default=16, help="for batch")
     parser.add_argument("--device", default="cpu", help="for batch: cpu, cuda, ...")
+    parser.add_argument("--keep", action="store_true", help="keep freed memory, as the command line does")
     options = parser.parse_args()
+    if options.keep:
+        keep_freed()
     torch.set_num_threads(options.threads)
     if options.table == "parts":
         parts([options.cnn] if options.cnn else list(CNNS), options.repeat, options.slow)

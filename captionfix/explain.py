@@ -34,18 +34,20 @@ class Leg(NamedTuple):
         evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
         place: (n, h, w), the evidence by which fixations count at their own place; None: they count as they are.
         common: part of a word's fixations that are the caption's (`map_to_pixels.agreeing`).
+        even: part of them that lies evenly.
         power: of the place's evidence.
     """
 
     evidence: Tensor
     place: Tensor | None = None
     common: float = 0.0
+    even: float = 0.0
     power: float = 1.0
 
 
 def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
     start, place = joined(captioner, features, caption, found)
-    return Leg(map_to_pixels.channels(features[0], start), place, common=0.5, power=2.0)
+    return Leg(map_to_pixels.channels(features[0], start), place, common=0.5, even=0.3, power=1.5)
 
 
 def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
@@ -325,7 +327,7 @@ def unraveled(
     if policy.mass == "set":  # as published: they stay as they are
         return list(parts)
     return [
-        part if leg.place is None else map_to_pixels.agreeing(part, leg.place, leg.common, leg.power)
+        part if leg.place is None else map_to_pixels.agreeing(part, leg.place, leg.common, leg.even, leg.power)
         for part, leg in zip(parts, legs, strict=True)
     ]
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from .captioners.captioner import Captioner
 from .unravel import Evidence, Policy, Slot, Trace, heaviest, walk
 
+SPACING = 0.025
+"""Part of either side of the input between fixations that lie evenly: less than two of a map's Gaussian."""
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -91,7 +94,7 @@ def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | N
 
 
 @torch.inference_mode()
-def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, power: float = 1.0) -> Tensor:
+def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, even: float = 0.0, power: float = 1.0) -> Tensor:
     """Lets a fixation count by the evidence of the place where it lies.
 
     A cell of a deep feature map sees nearly the whole image, so its evidence may unravel to pixels far from it. What
@@ -103,6 +106,8 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, power: float = 1.
         common: part of a word's fixations that are the caption's: the mean of those of all words with any. Unraveling
             finds what is seen at all better than it tells words apart (with every agreeing contribution followed, all
             starts end alike: Sixt, Granz, Landgraf 2020, "When explanations lie"), so the place decides more.
+        even: part of them that lies evenly over the image, one every ``SPACING`` of either side, so that evidence of a
+            place to which unraveling did not lead stays where the first leg found it.
         power: of the place's evidence.
 
     Returns:
@@ -113,7 +118,17 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, power: float = 1.
         present = before[:, 0, 0] > 0
         whole = (mass[present] / before[present]).sum(0) / max(1, int(present.sum()))
         mass = (1 - common) * mass + common * before * whole
+    if even:
+        mass = (1 - even) * mass + even * before * _lattice(mass)
     weighed = torch.nn.functional.interpolate(place[:, None], size=mass.shape[1:], mode="bilinear")[:, 0] ** power
     weighed *= mass
     after = weighed.sum((1, 2), keepdim=True)
     return torch.where(after > 0, weighed * (before / after.clamp_min(torch.finfo(mass.dtype).tiny)), mass)
+
+
+def _lattice(mass: Tensor) -> Tensor:
+    """(H, W), sum 1: points that a map's Gaussian smooths to an even surface."""
+    points = torch.zeros_like(mass[0])
+    down, across = (max(1, round(SPACING * side)) for side in points.shape)
+    points[down // 2 :: down, across // 2 :: across] = 1
+    return points / points.sum()

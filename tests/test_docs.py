@@ -116,7 +116,8 @@ def test_a_command_line_is_understood(page, line):
 SECTIONS = {
     "demo": "## demo", "explain": "## explain", "classify": "## classify", "ground": "## ground", "browse": "## browse",
     "evaluate": "## evaluate", "train scenes": "### train scenes", "train photos": "### train photos, train coco",
-    "train coco": "### train photos, train coco", "train score": "### train score",
+    "train coco": "### train photos, train coco", "train average": "### train average",
+    "train score": "### train score",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captionfix.map_to_pixels import agreeing
+from captionfix.maps import density
 
 
 def bilinear(cells, x, y, size):
@@ -23,14 +24,16 @@ def bilinear(cells, x, y, size):
     return float((1 - v) * upper + v * lower)
 
 
-@pytest.mark.parametrize(("common", "power"), [(0.0, 1.0), (0.5, 2.0), (1.0, 1.0)])
-def test_a_fixation_counts_by_its_place(common, power):
+@pytest.mark.parametrize(
+    ("common", "even", "power"), [(0.0, 0.0, 1.0), (0.5, 0.0, 2.0), (1.0, 0.0, 1.0), (0.5, 0.5, 2.0), (0.0, 1.0, 1.0)]
+)
+def test_a_fixation_counts_by_its_place(common, even, power):
     generator = torch.Generator().manual_seed(0)
     mass = torch.rand(3, 8, 8, generator=generator) * (torch.rand(3, 8, 8, generator=generator) < 0.3)
     mass /= mass.sum((1, 2), keepdim=True)
     mass[2] *= 0.4  # what ended in biases is not there
     place = torch.rand(3, 2, 3, generator=generator)
-    found = agreeing(mass, place, common, power)
+    found = agreeing(mass, place, common, even, power)
     for word in range(3):
         total = float(mass[word].sum())
         expected = torch.zeros(8, 8)
@@ -38,19 +41,34 @@ def test_a_fixation_counts_by_its_place(common, power):
             for x in range(8):
                 shared = sum(float(mass[k, y, x] / mass[k].sum()) for k in range(3)) / 3
                 own = float(mass[word, y, x]) / total
-                expected[y, x] = ((1 - common) * own + common * shared) * bilinear(place[word], x, y, 8) ** power
+                there = (1 - even) * ((1 - common) * own + common * shared) + even / 64
+                expected[y, x] = there * bilinear(place[word], x, y, 8) ** power
         assert torch.allclose(found[word], expected * total / expected.sum(), atol=1e-6)
 
 
-@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0.5, 3))
-def test_every_word_keeps_its_mass(seed, common, power):
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1), st.floats(0.5, 3))
+def test_every_word_keeps_its_mass(seed, common, even, power):
     generator = torch.Generator().manual_seed(seed)
     mass = torch.rand(4, 6, 5, generator=generator) * torch.tensor([1.0, 1e-6, 3.0, 0.0])[:, None, None]
     place = torch.rand(4, 3, 3, generator=generator) * (torch.rand(4, 3, 3, generator=generator) < 0.5)
     place[0] = 0  # a place that says nothing leaves the word as it is
-    found = agreeing(mass, place, common, power)
+    found = agreeing(mass, place, common, even, power)
     assert torch.allclose(found.sum((1, 2)), mass.sum((1, 2)), rtol=1e-4)
     assert bool((found >= 0).all())
-    if common == 0:
+    if common == 0 and even == 0:
         assert torch.equal(found[0], mass[0])
     assert not found[3].any()  # a word without evidence gets none of the others'
+
+
+@pytest.mark.parametrize("size", [(224, 224), (320, 320), (299, 200)])
+def test_what_lies_evenly_is_even_when_it_is_smoothed(size):
+    mass = torch.zeros(1, *size)
+    mass[0, 3, 5] = 1
+    found = agreeing(mass, torch.ones(1, 1, 1), even=1.0)[0]
+    assert int((found > 0).sum()) < 2100
+    row, column = torch.nonzero(found, as_tuple=True)
+    points = torch.stack([column + 0.5, row + 0.5, found[row, column]], 1).numpy()
+    image = (size[1], size[0])
+    smooth = density(points, image, (0.0, 0.0, float(image[0]), float(image[1])), image)
+    inner = smooth[size[0] // 10 : -size[0] // 10, size[1] // 10 : -size[1] // 10]
+    assert inner.max() < 1.05 * inner.min()
