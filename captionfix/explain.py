@@ -34,7 +34,7 @@ class Leg(NamedTuple):
         evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
         place: (n, h, w), the evidence by which fixations count at their own place; None: they count as they are.
         common: part of a word's fixations that are the caption's (`map_to_pixels.agreeing`).
-        even: part of them that lies evenly.
+        even: part of a word's evidence that is not followed further than its cells.
         power: of the place's evidence.
     """
 
@@ -282,9 +282,10 @@ def explain_ids(
             at_map = legs[-1].evidence.sum(1)
         else:
             assert settings.maps is not None
-            masses.append(settings.maps(captioner, pixels[i : i + 1], mine, caption))
+            made_maps = settings.maps(captioner, pixels[i : i + 1], mine, caption)
+            masses.append(made_maps[:, None])
             at_map = normalised(
-                torch.nn.functional.adaptive_avg_pool2d(masses[-1], (features.shape[2], features.shape[3]))
+                torch.nn.functional.adaptive_avg_pool2d(made_maps, (features.shape[2], features.shape[3]))
             )
         owner += [i] * len(caption.ids)
         words[i] = _words(captioner, mine, caption, found.get(i), at_map)
@@ -314,7 +315,7 @@ def explain_ids(
 def unraveled(
     encoded: map_to_pixels.Encoded, legs: Sequence[Leg], policy: Policy, owner: Tensor | None = None
 ) -> list[Tensor]:
-    """What first legs found, on the pixels: (n, H, W) for each.
+    """What first legs found, on the pixels: (n, 1 or 2, H, W) for each: fixations, and what lies evenly.
 
     Args:
         encoded: the recorded pass.
@@ -324,10 +325,10 @@ def unraveled(
     """
     mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for leg in legs]), policy, owner)
     parts = mass.split([len(leg.evidence) for leg in legs])
-    if policy.mass == "set":  # as published: they stay as they are
-        return list(parts)
     return [
-        part if leg.place is None else map_to_pixels.agreeing(part, leg.place, leg.common, leg.even, leg.power)
+        part[:, None]
+        if leg.place is None or policy.mass == "set"  # as published: they stay as they are
+        else map_to_pixels.agreeing(part, leg.place, leg.common, leg.even, leg.power)
         for part, leg in zip(parts, legs, strict=True)
     ]
 
@@ -397,13 +398,22 @@ def _words(captioner: Captioner, features: Tensor, caption: Caption, found: Flow
 
 
 def _placed(word: Word, mass: Tensor, prepared: Prepared) -> Word:
-    """The word with its fixations: (H, W) mass on the CNN's input, as points of the original image. What lies on
-    padding around the image is no pixel of it and left out."""
+    """The word with its fixations and what lies evenly: (1 or 2, H, W) mass on the CNN's input, as points of the
+    original image. What lies on padding around the image is no pixel of it and left out."""
+    fixations, *rest = (_points(part, prepared) for part in mass)
+    even = rest[0] if rest else fixations[:0]
+    tiny = torch.finfo(mass.dtype).tiny
+    total = fixations[:, 2].sum() + even[:, 2].sum()
+    even[:, 2] /= total.clamp_min(tiny)
+    fixations[:, 2] /= fixations[:, 2].sum().clamp_min(tiny)
+    return replace(word, fixations=fixations.numpy().astype(np.float32), even=even.numpy().astype(np.float32))
+
+
+def _points(mass: Tensor, prepared: Prepared) -> Tensor:
+    """(n, 3): x and y in the original image, mass."""
     height, width = mass.shape
     row, column = torch.nonzero(mass > 0, as_tuple=True)
     x0, y0, x1, y1 = prepared.window
     x, y = x0 + (column + 0.5) * ((x1 - x0) / width), y0 + (row + 0.5) * ((y1 - y0) / height)
     points = torch.stack([x, y, mass[row, column]], 1)
-    points = points[(x > 0) & (x < prepared.size[0]) & (y > 0) & (y < prepared.size[1])]
-    points[:, 2] /= points[:, 2].sum().clamp_min(torch.finfo(points.dtype).tiny)
-    return replace(word, fixations=points.numpy().astype(np.float32))
+    return points[(x > 0) & (x < prepared.size[0]) & (y > 0) & (y < prepared.size[1])]

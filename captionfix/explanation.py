@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "captionfix-explanation"
-VERSION = 1
-"""Of the saved form. Readers refuse newer ones."""
+VERSION = 2
+"""Of the saved form (1 had no ``even``). Readers refuse newer ones."""
 _PNG_PIXELS = 2_000_000
 
 
@@ -52,6 +52,8 @@ class Word:
         image_effect: Drop of the word's log-probability (nats) when the feature map is replaced by its mean.
         alternatives: The five most probable words at this place and their probabilities.
         contrast: The word that it was explained against, if any.
+        even: (m, 3) float32, as ``fixations``: what is not followed further than the feature map's cells, on points
+            that lie evenly. The masses sum to the part of the word's evidence that this is, 0..1.
     """
 
     text: str
@@ -66,6 +68,7 @@ class Word:
     image_effect: float = math.nan
     alternatives: tuple[tuple[str, float], ...] = ()
     contrast: str | None = None
+    even: Floats = field(default_factory=lambda: np.zeros((0, 3), dtype=np.float32))
     _explanation: Explanation | None = field(default=None, init=False, repr=False)
 
     @property
@@ -74,6 +77,12 @@ class Word:
         if self._explanation is None:
             raise CaptionError(f"the word {self.text!r} belongs to no explanation yet; put it into one first")
         return self._explanation
+
+    @property
+    def evidence(self) -> Floats:
+        """(n + m, 3): the fixations and what lies evenly, all of a word's evidence: what its map is made of."""
+        followed = self.fixations * np.array([1, 1, 1 - self.even[:, 2].sum()], dtype=np.float32)
+        return np.concatenate([followed, self.even])
 
     def heatmap(self, specific: bool = True, sigma: float | None = None) -> Floats:
         """The word's map over the original image.
@@ -211,7 +220,7 @@ class Explanation:
             else:
                 published = self.policy.get("mass") == "set"  # all fixations weigh the same, strays too
                 each = [
-                    maps.density(word.fixations, self.image.size, self.window, self.grid, sigma, published)
+                    maps.density(word.evidence, self.image.size, self.window, self.grid, sigma, published)
                     for word in self.words
                 ]
                 result = np.stack(each) if each else np.zeros((0, self.grid[1], self.grid[0]), dtype=np.float32)
@@ -357,6 +366,8 @@ def _arrays(words: tuple[Word, ...]) -> dict[str, Any]:
     for word in words:
         named[f"fixations_{word.index}"] = np.asarray(word.fixations, dtype=np.float32)
         named[f"feature_map_{word.index}"] = np.asarray(word.feature_map, dtype=np.float32)
+        if len(word.even):
+            named[f"even_{word.index}"] = np.asarray(word.even, dtype=np.float32)
     return named
 
 
@@ -394,8 +405,10 @@ def _words(records: list[dict[str, Any]], arrays: Mapping[str, np.ndarray]) -> t
     words = []
     for index, record in enumerate(records):
         fixations, feature_map = arrays[f"fixations_{index}"], arrays[f"feature_map_{index}"]
-        if fixations.ndim != 2 or fixations.shape[1] != 3 or feature_map.ndim != 2:
-            raise ValueError(f"word {index} has arrays of shapes {fixations.shape} and {feature_map.shape}")
+        even = arrays[f"even_{index}"] if f"even_{index}" in arrays else fixations[:0]
+        if any(points.ndim != 2 or points.shape[1] != 3 for points in (fixations, even)) or feature_map.ndim != 2:
+            shapes = f"{fixations.shape}, {even.shape} and {feature_map.shape}"
+            raise ValueError(f"word {index} has arrays of shapes {shapes}")
         words.append(
             Word(
                 text=record["text"],
@@ -410,6 +423,7 @@ def _words(records: list[dict[str, Any]], arrays: Mapping[str, np.ndarray]) -> t
                 image_effect=_value(record["image_effect"]),
                 alternatives=tuple((text, _value(share)) for text, share in record["alternatives"]),
                 contrast=record["contrast"],
+                even=even,
             )
         )
     return tuple(words)

@@ -106,24 +106,24 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, even: float = 0.0
         common: part of a word's fixations that are the caption's: the mean of those of all words with any. Unraveling
             finds what is seen at all better than it tells words apart (with every agreeing contribution followed, all
             starts end alike: Sixt, Granz, Landgraf 2020, "When explanations lie"), so the place decides more.
-        even: part of them that lies evenly over the image, one every ``SPACING`` of either side, so that evidence of a
-            place to which unraveling did not lead stays where the first leg found it.
+        even: part of its mass that is not followed further than its cells: before it counts by the place it lies evenly
+            over the image, on a point every ``SPACING`` of either side.
         power: of the place's evidence.
 
     Returns:
-        (n, H, W), each word with the mass that it had.
+        (n, 2, H, W): the fixations, and what lies evenly (n, 1, H, W without that); together a word has the mass that
+        it had.
     """
     before = mass.sum((1, 2), keepdim=True)
     if common:
         present = before[:, 0, 0] > 0
         whole = (mass[present] / before[present]).sum(0) / max(1, int(present.sum()))
         mass = (1 - common) * mass + common * before * whole
-    if even:
-        mass = (1 - even) * mass + even * before * _lattice(mass)
-    weighed = torch.nn.functional.interpolate(place[:, None], size=mass.shape[1:], mode="bilinear")[:, 0] ** power
-    weighed *= mass
-    after = weighed.sum((1, 2), keepdim=True)
-    return torch.where(after > 0, weighed * (before / after.clamp_min(torch.finfo(mass.dtype).tiny)), mass)
+    both = torch.stack([(1 - even) * mass, even * before * _lattice(mass)], 1) if even else mass[:, None]
+    weights = torch.nn.functional.interpolate(place[:, None], size=mass.shape[1:], mode="bilinear") ** power
+    weighed, before = both * weights, before[:, None]
+    after = weighed.sum((1, 2, 3), keepdim=True)
+    return torch.where(after > 0, weighed * (before / after.clamp_min(torch.finfo(mass.dtype).tiny)), both)
 
 
 def _lattice(mass: Tensor) -> Tensor:

@@ -57,6 +57,17 @@ def test_fixations_lie_in_the_image_and_weigh_one(explained):
         assert word.feature_map.sum() == pytest.approx(1, abs=1e-4)
 
 
+def test_with_the_join_a_part_lies_evenly_and_the_flow_follows_all(captioner, made):
+    for method, even in (("joined", True), ("flow", False), ("gradcam", False)):
+        for word in captionfix.explain(captioner, made.image, caption=made.caption, method=method):
+            assert (len(word.even) > 0) == even
+            assert word.evidence[:, 2].sum() == pytest.approx(1, abs=1e-4)
+            if even:
+                assert 0.02 < word.even[:, 2].sum() < 0.9
+                steps = np.unique(np.diff(np.unique(word.even[:, 0])))
+                assert steps.tolist() == [3.0]  # a fortieth of 128 pixels
+
+
 def test_probability_is_the_teacher_forced_one(captioner, explained, made):
     ids = captioner.tokenize(made.caption)
     pixels = captioner.prepare(Image.fromarray(made.image)).pixels[None]

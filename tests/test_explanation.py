@@ -13,7 +13,7 @@ from PIL import Image
 
 from captionfix import maps
 from captionfix.errors import CaptionError, OutputError
-from captionfix.explanation import Explanation, read
+from captionfix.explanation import VERSION, Explanation, read
 
 
 def test_words_by_place_text_and_slice(explanation: Explanation) -> None:
@@ -148,6 +148,36 @@ def test_save_and_read(invent: Callable[..., Explanation], tmp_path: Path, size:
     np.testing.assert_array_equal(after["dog"].heatmap(), before["dog"].heatmap())
 
 
+def partly_even(explanation: Explanation, part: float) -> Explanation:
+    """The same, but that "dog" has this part of its evidence evenly on the right half's four corners."""
+    corners = np.array([[x, y, part / 4] for x in (170.5, 310.5) for y in (10.5, 230.5)], dtype=np.float32)
+    return replace(explanation, words=tuple(replace(w, even=corners) if w.text == "dog" else w for w in explanation))
+
+
+def test_what_lies_evenly_is_part_of_the_map_and_no_fixation(explanation: Explanation) -> None:
+    mixed = partly_even(explanation, 0.4)
+    plain, own = explanation["dog"], mixed["dog"]
+    assert own.evidence[:, 2].sum() == pytest.approx(1, abs=1e-5)
+    alone = partly_even(explanation, 1.0).maps(False)[own.index]
+    expected = 0.6 * explanation.maps(False)[own.index] + 0.4 * alone
+    np.testing.assert_allclose(mixed.maps(False)[own.index], expected, atol=1e-7)
+    assert own.box(specific=False) == plain.box(specific=False)
+    np.testing.assert_array_equal(own.fixations, plain.fixations)
+
+
+def test_what_lies_evenly_is_saved_and_older_forms_are_read(explanation: Explanation, tmp_path: Path) -> None:
+    mixed = partly_even(explanation, 0.4)
+    again = read(mixed.save(tmp_path / "mixed"))
+    for old, new in zip(mixed, again, strict=True):
+        np.testing.assert_array_equal(old.even, new.even)
+    np.testing.assert_array_equal(mixed.maps(), again.maps())
+    older = explanation.save(tmp_path / "older")
+    record = json.loads((older / "explanation.json").read_text())
+    record["version"] = 1
+    (older / "explanation.json").write_text(json.dumps(record))
+    assert all(word.even.shape == (0, 3) for word in read(older))
+
+
 def test_reading_and_drawing_needs_no_torch(explanation: Explanation, tmp_path: Path) -> None:
     folder = explanation.save(tmp_path / "result")
     program = (
@@ -200,9 +230,9 @@ def test_read_of_damaged_files(saved: Path, name: str, damage: str) -> None:
 
 def test_read_refuses_newer_forms(saved: Path) -> None:
     record = json.loads((saved / "explanation.json").read_text())
-    record["version"], record["captionfix"] = 2, "9.1"
+    record["version"], record["captionfix"] = VERSION + 1, "9.1"
     (saved / "explanation.json").write_text(json.dumps(record))
-    with pytest.raises(OutputError, match=r"saved in form 2 by captionfix 9\.1.*install a newer one"):
+    with pytest.raises(OutputError, match=rf"saved in form {VERSION + 1} by captionfix 9\.1.*install a newer one"):
         read(saved)
 
 

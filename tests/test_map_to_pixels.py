@@ -33,7 +33,9 @@ def test_a_fixation_counts_by_its_place(common, even, power):
     mass /= mass.sum((1, 2), keepdim=True)
     mass[2] *= 0.4  # what ended in biases is not there
     place = torch.rand(3, 2, 3, generator=generator)
-    found = agreeing(mass, place, common, even, power)
+    parts = agreeing(mass, place, common, even, power)
+    assert parts.shape == (3, 2 if even else 1, 8, 8)
+    found = parts.sum(1)
     for word in range(3):
         total = float(mass[word].sum())
         expected = torch.zeros(8, 8)
@@ -44,6 +46,10 @@ def test_a_fixation_counts_by_its_place(common, even, power):
                 there = (1 - even) * ((1 - common) * own + common * shared) + even / 64
                 expected[y, x] = there * bilinear(place[word], x, y, 8) ** power
         assert torch.allclose(found[word], expected * total / expected.sum(), atol=1e-6)
+        if even:  # 8 pixels are fewer than 40 points: one on every pixel
+            level = [[bilinear(place[word], x, y, 8) ** power for x in range(8)] for y in range(8)]
+            evenly = torch.tensor(level) * even / 64 * total / expected.sum()
+            assert torch.allclose(parts[word, 1], evenly, atol=1e-6)
 
 
 @given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1), st.floats(0.5, 3))
@@ -52,7 +58,7 @@ def test_every_word_keeps_its_mass(seed, common, even, power):
     mass = torch.rand(4, 6, 5, generator=generator) * torch.tensor([1.0, 1e-6, 3.0, 0.0])[:, None, None]
     place = torch.rand(4, 3, 3, generator=generator) * (torch.rand(4, 3, 3, generator=generator) < 0.5)
     place[0] = 0  # a place that says nothing leaves the word as it is
-    found = agreeing(mass, place, common, even, power)
+    found = agreeing(mass, place, common, even, power).sum(1)
     assert torch.allclose(found.sum((1, 2)), mass.sum((1, 2)), rtol=1e-4)
     assert bool((found >= 0).all())
     if common == 0 and even == 0:
@@ -64,7 +70,7 @@ def test_every_word_keeps_its_mass(seed, common, even, power):
 def test_what_lies_evenly_is_even_when_it_is_smoothed(size):
     mass = torch.zeros(1, *size)
     mass[0, 3, 5] = 1
-    found = agreeing(mass, torch.ones(1, 1, 1), even=1.0)[0]
+    found = agreeing(mass, torch.ones(1, 1, 1), even=1.0)[0, 1]
     assert int((found > 0).sum()) < 2100
     row, column = torch.nonzero(found, as_tuple=True)
     points = torch.stack([column + 0.5, row + 0.5, found[row, column]], 1).numpy()
