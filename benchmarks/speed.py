@@ -33,7 +33,6 @@ from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
 from captionfix.explain import METHODS, settle, unraveled
-from captionfix.memory import keep_freed
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
@@ -286,10 +285,7 @@ def main() -> None:
     parser.add_argument("--policies", default="fast,default", help="for batch")
     parser.add_argument("--images", type=int, default=16, help="for batch")
     parser.add_argument("--device", default="cpu", help="for batch: cpu, cuda, ...")
-    parser.add_argument("--keep", action="store_true", help="keep freed memory, as the command line does")
     options = parser.parse_args()
-    if options.keep:
-        keep_freed()
     torch.set_num_threads(options.threads)
     if options.table == "parts":
         parts([options.cnn] if options.cnn else list(CNNS), options.repeat, options.slow)

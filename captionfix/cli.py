@@ -16,7 +16,6 @@ from captionfix.classify_cli import classify
 from captionfix.errors import CaptionerError, CaptionError, CaptionfixError, ImageError, OutputError, PolicyError
 from captionfix.evaluate_cli import evaluate
 from captionfix.ground_cli import ground
-from captionfix.memory import keep_freed
 from captionfix.train_cli import app as train_app
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ class Unknown(str, Enum):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. What a user can mend ends in one line on stderr and exit status 2, without a traceback."""
-    keep_freed()
     try:
         app(arguments)
     except CaptionfixError as error:
