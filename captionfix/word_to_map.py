@@ -155,6 +155,13 @@ def flows(
         target: where mass starts: ``"logit"``, the word's own logit, or ``"alternatives"``, the logit minus the mean
             logit of the words that the model finds likely, sum_v p(v) logit(v). A word with a contrast starts from
             logit(word) - logit(contrast).
+
+    Returns:
+        what was found for each caption, in their order.
+
+    Raises:
+        UnsupportedOperation: evidence reached an operation of the decoder that has no rule.
+        PolicyError: words start from a difference of logits, and those do not come out of a linear layer.
     """
     plain = target == "logit" and all(other is None for caption in captions for other in caption.contrast)
     if len(captions) > 1 and not (plain and policy.neurons is not None):
