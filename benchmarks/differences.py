@@ -46,9 +46,12 @@ def main() -> None:
     found = scores([Record.read(line) for line in lines])
     if options.method not in found:
         parser.error(f"{options.folder} has no scores of {options.method}; it has {', '.join(sorted(found))}")
-    ours = found.pop(options.method)
+    ours, metrics = found.pop(options.method), options.metrics.split(",")
+    if not any(metric in metrics for _, metric in ours):
+        known = ", ".join(sorted({metric for _, metric in ours}))
+        parser.error(f"{options.folder} has no scores in {options.metrics}; it has {known}: name some with --metrics")
     for maps in ("raw", "specific"):
-        for metric in options.metrics.split(","):
+        for metric in metrics:
             for name, theirs in found.items():
                 if (maps, metric) in ours and (maps, metric) in theirs:
                     print(f"{maps:9}{metric:22}{name:20}{difference(ours[maps, metric], theirs[maps, metric])}")

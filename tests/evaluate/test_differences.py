@@ -36,3 +36,7 @@ def test_differences_are_those_of_the_same_phrases(tmp_path, monkeypatch, capsys
     assert [float(edge.strip("[],")) for edge in said[4:6]] == pytest.approx([-0.2, 0.8])
     assert said[6] == "n=2"
     assert len(said) == 7
+    monkeypatch.setattr(sys, "argv", ["differences.py", str(tmp_path), "--metrics", "deletion"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "it has mass" in capsys.readouterr().err
