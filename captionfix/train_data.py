@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,17 +18,32 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+T = TypeVar("T")
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, as parts of width and height."""
+
+Boxes = tuple[Box, ...]
+
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image file and its captions."""
+    """An image file and its captions; where it is known, also what the captions' words speak of.
+
+    Attributes:
+        image: the file.
+        captions: words with spaces between them.
+        boxes: none, or for each caption the boxes of each of its words (none for a word that no region belongs to).
+    """
 
     image: Path
     captions: tuple[str, ...]
+    boxes: tuple[tuple[Boxes, ...], ...] = ()
 
 
 def read_lines(path: Path, images: Path) -> list[Captioned]:
-    """Photographs of a JSON-lines file: `{"photo": file, "captions": [{"words": [...]}, ...]}` a line.
+    """Photographs of a JSON-lines file: `{"photo": file, "captions": [{"words": [...], "phrases": [{"span": [first,
+    past], "boxes": [[left, top, right, bottom], ...]}, ...]}, ...]}` a line; phrases may be absent, and so may boxes.
 
     Raises:
         DataError: the file or a photograph is missing, or a line is not of this form.
@@ -42,10 +57,19 @@ def read_lines(path: Path, images: Path) -> list[Captioned]:
         try:
             entry = json.loads(line)
             captions = tuple(" ".join(caption["words"]) for caption in entry["captions"])
-            found.append(Captioned(images / entry["photo"], captions))
-        except (ValueError, KeyError, TypeError) as error:
+            found.append(Captioned(images / entry["photo"], captions, tuple(map(_word_boxes, entry["captions"]))))
+        except (ValueError, LookupError, TypeError) as error:
             raise DataError(f"{path}, line {number} is not a photograph with captions ({error!r})") from error
     return _checked(found, path)
+
+
+def _word_boxes(caption: dict[str, Any]) -> tuple[Boxes, ...]:
+    found: list[Boxes] = [()] * len(caption["words"])
+    for phrase in caption.get("phrases", ()):
+        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in phrase.get("boxes") or ())
+        for k in range(*phrase["span"]):
+            found[k] = boxes
+    return tuple(found)
 
 
 def read_coco(annotations: Path, images: Path) -> list[Captioned]:
@@ -77,64 +101,145 @@ def _checked(found: list[Captioned], source: Path) -> list[Captioned]:
     return found
 
 
+@dataclass(frozen=True)
+class View:
+    """How an image is seen in one epoch.
+
+    Attributes:
+        box: what is cut out of it; None: all.
+        mirrored: whether left and right are changed, after that.
+    """
+
+    box: Box | None = None
+    mirrored: bool = False
+
+    def of(self, box: Box) -> Box | None:
+        """Where a box of the image lies in the view; None where nothing of it is seen."""
+        left, top, right, bottom = self.box or (0.0, 0.0, 1.0, 1.0)
+        width, height = right - left, bottom - top
+        x0, x1 = ((min(max(x, left), right) - left) / width for x in (box[0], box[2]))
+        y0, y1 = ((min(max(y, top), bottom) - top) / height for y in (box[1], box[3]))
+        if self.mirrored:
+            x0, x1 = 1 - x1, 1 - x0
+        return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
 @dataclass
 class Examples:
     """A data set for the Trainer: item i is an array and captions; `collate` makes a batch of them.
 
-    What is drawn for an item (which captions, a mirror image) depends on seed, epoch and index alone, so a training
-    that goes on after an interruption sees what it would have seen.
+    What is drawn for an item (which captions, the view) depends on seed, epoch and index alone, so a training that
+    goes on after an interruption sees what it would have seen.
 
     Attributes:
         captions: word ids from start to end, per image.
-        read: index and random generator -> (C, H, W) or (F, h, w) array: uint8 pixels in 0..255 or features.
+        read: index and view -> (C, H, W) or (F, h, w) array: uint8 pixels in 0..255 or features.
         name: "pixel_values" or "features".
         pad: the id that fills up.
         each: captions of an image in a batch (some twice where it has fewer).
         seed: of the drawing.
+        crop: views are cut at random to between this part and all of either side (see `cut`).
+        mirrored: half of the views are mirrored.
+        boxes: of each word id of `captions`, or None: batches hold no regions.
+        grid: height and width of the feature map that regions are drawn on.
         epoch: `fit` sets it.
     """
 
     captions: Sequence[Sequence[Sequence[int]]]
-    read: Callable[[int, random.Random], np.ndarray]
+    read: Callable[[int, View], np.ndarray]
     name: str
     pad: int
     each: int = 1
     seed: int = 0
+    crop: float = 1.0
+    mirrored: bool = False
+    boxes: Sequence[Sequence[Sequence[Boxes]]] | None = None
+    grid: tuple[int, int] = (1, 1)
     epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[Sequence[int]]]:
-        own = list(self.captions[index])
+    def __getitem__(self, index: int) -> Item:
+        own = range(len(self.captions[index]))
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         chosen = rng.sample(own, min(self.each, len(own)))
-        return self.read(index, rng), chosen + rng.choices(own, k=self.each - len(chosen))
+        chosen += rng.choices(own, k=self.each - len(chosen))
+        view = View(cut(self.crop, rng), self.mirrored and rng.random() < 0.5)
+        captions = [self.captions[index][k] for k in chosen]
+        array = self.read(index, view)
+        if self.boxes is None:
+            return array, captions, None
+        return array, captions, [regions(self.boxes[index][k], view, self.grid) for k in chosen]
 
-    def collate(self, items: list[tuple[np.ndarray, list[Sequence[int]]]]) -> dict[str, torch.Tensor]:
+    def collate(self, items: list[Item]) -> dict[str, torch.Tensor]:
         import torch
 
-        longest = max(len(caption) for _, captions in items for caption in captions)
+        longest = max(len(caption) for _, captions, _ in items for caption in captions)
         labels = torch.full((len(items), self.each, longest), self.pad, dtype=torch.long)
-        for i, (_, captions) in enumerate(items):
+        where = torch.zeros(*labels.shape, *self.grid)
+        for i, (_, captions, found) in enumerate(items):
             for k, caption in enumerate(captions):
                 labels[i, k, : len(caption)] = torch.as_tensor(caption)
-        inputs = torch.from_numpy(np.stack([array for array, _ in items]))
+                if found is not None:
+                    where[i, k, : len(caption)] = torch.from_numpy(found[k])
+        inputs = torch.from_numpy(np.stack([array for array, _, _ in items]))
         if inputs.dtype == torch.uint8:
             inputs = (inputs.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        return {self.name: inputs.float(), "labels": labels}
+        batch = {self.name: inputs.float(), "labels": labels}
+        return batch if self.boxes is None else {**batch, "regions": where}
+
+
+Item = tuple[np.ndarray, list[Sequence[int]], list[np.ndarray] | None]
+"""An image's array, its captions, and the regions of each caption's words."""
+
+
+def regions(words: Sequence[Boxes], view: View, grid: tuple[int, int]) -> np.ndarray:
+    """(n, h, w) float32: how much of each cell of a feature map a word's boxes cover, the most covered cell being 1;
+    nothing for a word without boxes in the view. Where boxes overlap, the one that covers more counts."""
+    table = np.zeros((len(words), *grid), np.float32)
+    for row, boxes in zip(table, words, strict=True):
+        for box in filter(None, map(view.of, boxes)):
+            across, down = (
+                np.clip(np.minimum(past * n, np.arange(n) + 1) - np.maximum(first * n, np.arange(n)), 0, 1)
+                for first, past, n in ((box[0], box[2], grid[1]), (box[1], box[3], grid[0]))
+            )
+            np.maximum(row, down[:, None] * across, out=row)
+        row /= row.max() or 1
+    return table
 
 
 def encode_captions(
     tokenizer: PreTrainedTokenizerFast, groups: Sequence[Sequence[str]], max_words: int
 ) -> list[list[list[int]]]:
     """Word ids from start to end of every image's captions; longer captions are cut, empty ones left out."""
-    end = tokenizer.eos_token_id
+    return [
+        [_cut_short(ids, max_words) for ids in tokenizer(list(captions))["input_ids"] if len(ids) > 2]
+        for captions in groups
+    ]
+
+
+def encode_boxes(
+    tokenizer: PreTrainedTokenizerFast, examples: Sequence[Captioned], max_words: int
+) -> list[list[list[Boxes]]]:
+    """The boxes of every id that `encode_captions` gives for the same images' captions. A word of the caption that is
+    several for the tokeniser (or none, as punctuation is) hands its boxes to each of them."""
     encoded = []
-    for captions in groups:
-        rows = [ids for ids in tokenizer(list(captions))["input_ids"] if len(ids) > 2]
-        encoded.append([ids if len(ids) <= max_words + 2 else [*ids[: max_words + 1], end] for ids in rows])
+    for entry in examples:
+        rows = []
+        for caption, boxes in zip(entry.captions, entry.boxes or [()] * len(entry.captions), strict=True):
+            found = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
+            word = np.cumsum([c == " " for c in caption])  # which of the caption's words a character belongs to
+            own: list[Boxes] = [boxes[word[a]] if boxes and a < b else () for a, b in found]
+            if len(own) > 2:
+                rows.append(_cut_short(own, max_words))
+        encoded.append(rows)
     return encoded
+
+
+def _cut_short(row: list[T], max_words: int) -> list[T]:
+    """At most so many words between the start and the end."""
+    return row if len(row) <= max_words + 2 else [*row[: max_words + 1], row[-1]]
 
 
 def draw_scenes(place: Path, count: int) -> tuple[np.ndarray, list[str]]:
@@ -157,10 +262,6 @@ def draw_scenes(place: Path, count: int) -> tuple[np.ndarray, list[str]]:
     return np.load(file, mmap_mode="r"), text.read_text().splitlines()
 
 
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom, as parts of width and height."""
-
-
 def cut(crop: float, rng: random.Random) -> Box | None:
     """A box of between `crop` and all of the width, and of the height, anywhere; None where `crop` is 1."""
     if crop == 1:
@@ -172,14 +273,14 @@ def cut(crop: float, rng: random.Random) -> Box | None:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Photographs as `Examples` reads them: cut (see `cut`), squashed, as often as not their mirror image."""
+    """Photographs as `Examples` reads them, squashed."""
 
     files: Sequence[Path]
     size: int
-    crop: float = 1.0
 
-    def __call__(self, index: int, rng: random.Random) -> np.ndarray:
-        return mirror(read_square(self.files[index], self.size, cut(self.crop, rng)), rng)
+    def __call__(self, index: int, view: View) -> np.ndarray:
+        array = read_square(self.files[index], self.size, view.box)
+        return array[:, :, ::-1].copy() if view.mirrored else array
 
 
 def read_square(path: Path, size: int, box: Box | None = None) -> np.ndarray:
@@ -195,8 +296,3 @@ def read_square(path: Path, size: int, box: Box | None = None) -> np.ndarray:
         edges = (left * width, top * height, right * width, bottom * height)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=edges)
     return np.asarray(image).transpose(2, 0, 1)
-
-
-def mirror(array: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The (C, H, W) array or, as often, its mirror image."""
-    return array[:, :, ::-1].copy() if rng.random() < 0.5 else array

@@ -20,7 +20,17 @@ from captionfix.errors import CaptionerError, DataError, OutputError
 from captionfix.scoring import score_captions, score_scenes
 from captionfix.train import average, train_coco, train_photos, train_scenes
 from captionfix.train_cli import app
-from captionfix.train_data import cut, encode_captions, read_coco, read_lines, read_square
+from captionfix.train_data import (
+    Captioned,
+    View,
+    cut,
+    encode_boxes,
+    encode_captions,
+    read_coco,
+    read_lines,
+    read_square,
+    regions,
+)
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 TINY = {"size": 32, "hidden": 16, "epochs": 2, "tune_epochs": 2, "batch": 2, "at_least": 1, "save_every": 2}
@@ -174,6 +184,89 @@ def test_long_captions_are_cut_and_empty_ones_left_out():
     assert encode_captions(tokenizer, [["a b a b", " . "], ["x"]], 3) == [[[1, 4, 5, 4, 2]], [[1, 3, 2]]]
 
 
+def test_words_keep_their_boxes(data):
+    from captionfix.captioners.words import SPECIAL, word_tokenizer
+
+    dog, snow = [[0.1, 0.2, 0.5, 0.6], [0.5, 0.5, 0.9, 0.8]], [[0, 0.5, 1, 1]]
+    caption = {
+        "words": ["A", "black/white", "dog", ",", "in", "snow", "."],
+        "phrases": [{"span": [0, 3], "boxes": dog}, {"span": [4, 5]}, {"span": [5, 6], "boxes": snow}],
+    }
+    (data / "one.jsonl").write_text(json.dumps({"photo": "0.jpg", "captions": [caption, {"words": ["."]}]}))
+    (entry,) = read_lines(data / "one.jsonl", data / "images")
+    tokenizer = word_tokenizer([*SPECIAL, "a", "black", "dog", "in", "snow"])
+    for longest in (20, 4):
+        ((ids,),), ((boxes,),) = (
+            encode_captions(tokenizer, [entry.captions], longest),
+            encode_boxes(tokenizer, [entry], longest),
+        )
+        words = tokenizer.convert_ids_to_tokens(ids)
+        of = [("<start>", []), ("a", dog), ("black", dog), ("<unk>", dog), ("dog", dog), ("in", []), ("snow", snow)]
+        assert [(word, [list(b) for b in own]) for word, own in zip(words, boxes, strict=True)] == [
+            *of[: longest + 1],
+            ("<end>", []),
+        ]
+    plain = Captioned(entry.image, ("a dog",))
+    assert encode_boxes(tokenizer, [plain], 20) == [[[(), (), (), ()]]]
+
+
+def test_regions_are_what_is_seen_of_the_boxes():
+    """Against boxes drawn as pixels, which are cut out, mirrored and averaged over each cell."""
+    rng = np.random.default_rng(0)
+    for mirrored in (False, True):
+        for _ in range(20):
+            (x0, x1), (y0, y1) = (np.sort(rng.choice(101, 2, replace=False)) for _ in range(2))
+            left, right = [(0, 100), (20, 80), (40, 100)][rng.integers(3)]
+            picture = np.zeros((100, 100))
+            picture[y0:y1, x0:x1] = 1
+            seen = np.kron(picture[:, left:right], np.ones((1, 20)))[:, :: -1 if mirrored else 1]
+            expected = seen.reshape(5, 20, 4, -1).mean((1, 3))
+            view = View((left / 100, 0, right / 100, 1), mirrored)
+            (found,) = regions([((x0 / 100, y0 / 100, x1 / 100, y1 / 100),)], view, (5, 4))
+            np.testing.assert_allclose(found, expected / (expected.max() or 1), atol=1e-5)
+    two = regions([((0, 0, 0.5, 1), (0.25, 0, 1, 0.5)), ()], View(), (2, 4))
+    np.testing.assert_allclose(two, [[[1, 1, 1, 1], [1, 1, 0, 0]], np.zeros((2, 4))])
+
+
+def test_attention_learns_where_words_belong(cnn, tmp_path):
+    """Half of each picture is a red or blue wall. Boxes say the other half: only they can have led attention there."""
+    folder = tmp_path / "halves"
+    options = {**TINY, "size": 64, "epochs": 60, "tune_epochs": 0, "rate": 1e-2, "save_every": 500}
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i in range(8):
+        name = list(COLOURS)[i % 2]
+        picture = np.full((64, 64, 3), 128, np.uint8)
+        left = 32 * (i // 2 % 2)
+        picture[:, left : left + 32] = COLOURS[name]
+        Image.fromarray(picture).save(folder / "images" / f"{i}.png")
+        box = [0.5 - left / 64, 0, 1 - left / 64, 1]
+        caption = {"words": ["a", name, "wall"], "phrases": [{"span": [0, 3], "boxes": [box]}]}
+        lines.append(json.dumps({"photo": f"{i}.png", "captions": [caption]}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    inside = []
+    for weight in (0.0, 1.0):
+        captioner = load(train_photos(folder, tmp_path / f"{weight}", cnn=cnn, attention_loss=weight, **options))
+        shares = []
+        for i in range(8):
+            features = captioner.encode(captioner.prepare(Image.open(folder / "images" / f"{i}.png")).pixels[None])
+            ids = captioner.tokenize(f"a {list(COLOURS)[i % 2]} wall")
+            weights = captioner.attention(features, torch.tensor([[captioner.vocabulary.start, *ids[:-1]]]))[0]
+            half = weights.shape[2] // 2
+            shares.append((weights[:, :, :half] if i // 2 % 2 else weights[:, :, half:]).sum((1, 2)))
+        inside.append(float(torch.stack(shares).mean().detach()))
+    assert inside[0] < 0.5
+    assert inside[1] > 0.9
+
+
+def test_attention_can_be_held_to_boxes_only_where_there_are_both(data, cnn, tmp_path):
+    with pytest.raises(DataError, match="no caption has phrases with boxes"):
+        train_photos(data, tmp_path / "out", cnn=cnn, attention_loss=1.0, **TINY)
+    with pytest.raises(CaptionerError, match="no attention"):
+        train_photos(data, tmp_path / "out", cnn=cnn, family="show-tell", attention_loss=1.0, **TINY)
+    assert not (tmp_path / "out").exists()
+
+
 def test_readers_agree(data):
     lines = read_lines(data / "train.jsonl", data / "images")
     coco = read_coco(data / "captions.json", data / "images")
@@ -183,7 +276,14 @@ def test_readers_agree(data):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "line 1"), ('{"photo": "0.jpg"}', "captions"), ("", "no captioned image"), ("[]", "line 1")],
+    [
+        ("{", "line 1"),
+        ('{"photo": "0.jpg", "captions": [{"words": ["a"], "phrases": [{"span": [0, 2], "boxes": []}]}]}', "line 1"),
+        ('{"photo": "0.jpg", "captions": [{"words": ["a"], "phrases": [{"span": [0, 1], "boxes": [[0]]}]}]}', "line 1"),
+        ('{"photo": "0.jpg"}', "captions"),
+        ("", "no captioned image"),
+        ("[]", "line 1"),
+    ],
 )
 def test_bad_lines(data, content, message):
     (data / "bad.jsonl").write_text(content)

@@ -91,6 +91,8 @@ class ShowAttendTellConfig(CaptionerConfig):
         value_size: numbers that a cell of the feature map is projected to before it is attended.
         attention_size: units of the additive attention.
         positions: height and width of the feature map if its cells get a learned position, else None.
+        attention_loss: weight, in training with regions, of -log of the attention that lies in a word's region (its
+            attention correctness: Liu, Mao, Sha, Yuille 2017, "Attention Correctness in Neural Image Captioning").
         kwargs: see `CaptionerConfig`.
     """
 
@@ -101,11 +103,13 @@ class ShowAttendTellConfig(CaptionerConfig):
         value_size: int = 512,
         attention_size: int = 512,
         positions: list[int] | tuple[int, int] | None = None,
+        attention_loss: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.value_size = value_size
         self.attention_size = attention_size
         self.positions = list(positions) if positions is not None else None
+        self.attention_loss = attention_loss
         super().__init__(**kwargs)
 
 
@@ -173,6 +177,12 @@ class Decoder(nn.Module):
         return F.linear(outputs, self.embedding.weight, self.output_bias) if self.tied else self.output(outputs)
 
 
+def in_order(table: Tensor, lengths: list[int]) -> Tensor:
+    """(B, T, ...) -> (sum of lengths, ...): the first `lengths[i]` entries of row i (longest first), those of all first
+    words before those of the second ones."""
+    return torch.cat([table[: sum(n > t for n in lengths), t] for t in range(max(lengths))])
+
+
 class ShowTellDecoder(Decoder):
     """The pooled feature map is the LSTM's first input; that step's output is not used."""
 
@@ -203,10 +213,9 @@ class ShowTellDecoder(Decoder):
         out, _ = self.lstm(torch.cat([self.drop(image).unsqueeze(1), words], 1))
         return self.words(self.drop(out[:, 1:]))
 
-    def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> Tensor:
-        """As `ShowAttendTellDecoder.packed`."""
-        logits = self._logits(self.image(self.pool(features).flatten(1))[owner], tokens)
-        return torch.cat([logits[: sum(n > t for n in lengths), t] for t in range(max(lengths))])
+    def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> tuple[Tensor, None]:
+        """As `ShowAttendTellDecoder.packed`, without attention."""
+        return in_order(self._logits(self.image(self.pool(features).flatten(1))[owner], tokens), lengths), None
 
 
 class ShowAttendTellDecoder(Decoder):
@@ -282,14 +291,15 @@ class ShowAttendTellDecoder(Decoder):
         _, weights = self.unroll(self.begin(features), tokens)
         return torch.stack(weights, 1).unflatten(2, features.shape[2:])
 
-    def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> Tensor:
-        """Logits of the first `lengths[i]` words of row i (longest first), word by word: (sum of lengths, V).
+    def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (sum of lengths, V) and attention (sum of lengths, N) of the first `lengths[i]` words of row i, in the
+        order of `in_order`.
 
         Row i is a caption of the image `features[owner[i]]`; a caption that has ended costs nothing any more.
         """
         state = self.reorder(self.begin(features), owner)  # several captions an image: the map is projected once
-        outs, _ = self.unroll(state, tokens, lengths)
-        return self.words(self.drop(torch.cat(outs)))
+        outs, weights = self.unroll(state, tokens, lengths)
+        return self.words(self.drop(torch.cat(outs))), torch.cat(weights)
 
     def unroll(
         self, state: State, tokens: Tensor, lengths: list[int] | None = None
@@ -358,6 +368,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         features: Tensor | None = None,
         state: State | None = None,
         labels: Tensor | None = None,
+        regions: Tensor | None = None,
         return_dict: bool | None = None,
         **_: Any,
     ) -> CaptionerOutput:
@@ -369,6 +380,8 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             features: (B, F, h, w), what `encoder` returns.
             state: the decoder's state; then only the last token of `input_ids` is read.
             labels: (B, K, T) or (B, T): whole captions from start to end, filled up with pad; K captions an image.
+            regions: (B, K, T, h, w): how much of each cell belongs to what a word of `labels` speaks of, all 0 where
+                that is not known; see `ShowAttendTellConfig.attention_loss`.
             return_dict: accepted for `generate`; the output is always a `CaptionerOutput`.
         """
         if state is not None and input_ids is not None:
@@ -379,12 +392,12 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
                 raise ValueError("give pixel_values, features or state")
             features = self.encoder(pixel_values)
         if labels is not None:
-            return self._loss(features, labels)
+            return self._loss(features, labels, regions)
         if input_ids is None:
             raise ValueError("give input_ids or labels")
         return CaptionerOutput(logits=self.decoder(features, input_ids))
 
-    def _loss(self, features: Tensor, labels: Tensor) -> CaptionerOutput:
+    def _loss(self, features: Tensor, labels: Tensor, regions: Tensor | None) -> CaptionerOutput:
         images = len(features)
         labels = labels.reshape(-1, labels.shape[-1])
         lengths = (labels != self.config.pad_token_id).sum(1) - 1
@@ -392,11 +405,17 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         labels, lengths = labels[order], lengths[order]
         steps: list[int] = lengths.tolist()
         owner = order // (len(labels) // images)
-        logits = self.decoder.packed(features, labels[:, :-1], steps, owner)
-        targets = torch.cat([labels[: sum(n > t for n in steps), t + 1] for t in range(max(steps))])
+        logits, attention = self.decoder.packed(features, labels[:, :-1], steps, owner)
         loss = F.cross_entropy(
-            logits.float(), targets, label_smoothing=self.config.label_smoothing if self.training else 0.0
+            logits.float(),
+            in_order(labels[:, 1:], steps),
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
+        if regions is not None and attention is not None:
+            where = in_order(regions.reshape(-1, *regions.shape[2:]).flatten(2)[order][:, 1:], steps)
+            correct = (attention.float() * where).sum(1)[where.sum(1) > 0]
+            tiny = torch.finfo(correct.dtype).tiny
+            loss = loss - self.config.attention_loss * correct.clamp_min(tiny).log().sum() / max(len(correct), 1)
         return CaptionerOutput(loss=loss, logits=logits.detach())
 
     # What transformers' generation asks of a model.

@@ -150,6 +150,27 @@ def test_loss_is_the_mean_over_words_whatever_the_padding(captioner, pixels):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_attention_is_held_to_regions_where_they_are_known(make, pixels):
+    captioner = make("show-attend-tell", attention_loss=0.7)
+    labels = torch.tensor([[[1, 4, 6, 2, 0], [1, 5, 7, 4, 2]], [[1, 4, 2, 0, 0], [1, 6, 7, 2, 0]]])
+    regions = torch.rand(2, 2, 5, 4, 4, generator=torch.manual_seed(0)).round()
+    regions[0, 0, 2:] = regions[1, 1] = 0  # nothing is known
+    with torch.no_grad():
+        with_regions, plain = (
+            captioner.model(pixel_values=pixels[:2], labels=labels, regions=r).loss for r in (regions, None)
+        )
+        logs = []
+        for i, k in ((i, k) for i in range(2) for k in range(2)):
+            weights = captioner.attention(captioner.encode(pixels[i][None]), labels[i, k][None, :-1])[0]
+            for t in range(1, int((labels[i, k] > 0).sum())):  # the word at t is predicted with the weights before it
+                if regions[i, k, t].any():
+                    logs.append(float((weights[t - 1] * regions[i, k, t]).sum().log()))
+    assert 4 < len(logs) < 12
+    assert float(with_regions - plain) == pytest.approx(-0.7 * sum(logs) / len(logs), rel=1e-4)
+    with torch.no_grad():  # a batch of which nothing is known is a plain one
+        assert captioner.model(pixel_values=pixels[:2], labels=labels, regions=0 * regions).loss == plain
+
+
 def test_frozen_norms_keep_their_statistics_in_training(make, pixels):
     for frozen in (True, False):
         model = make("show-tell", frozen_norms=frozen).model.train()
