@@ -18,6 +18,9 @@ from transformers.modeling_outputs import ModelOutput
 
 State = tuple[Tensor, ...]
 
+ROWS = 8
+"""Choices of cells whose attention is scored at once on a CPU: so few stay in its cache."""
+
 
 class CaptionerConfig(PretrainedConfig):
     """What both families share.
@@ -241,7 +244,8 @@ class ShowAttendTellDecoder(Decoder):
 
     def begin(self, features: Tensor) -> State:
         """(B, F, h, w) features -> h, c, values (B, N, D) and keys (B, N, A) of the N = h w cells."""
-        return self._begin(*self.project(features))
+        values, keys = self.project(features)
+        return *self._from(values.mean(1)), values, keys
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, F, h, w) features -> values (B, N, D) and keys (B, N, A), each cell by itself."""
@@ -251,20 +255,23 @@ class ShowAttendTellDecoder(Decoder):
         values = torch.relu(cells)
         return values, self.key(values)
 
-    def _begin(self, values: Tensor, keys: Tensor) -> State:
-        mean = values.mean(1)
-        return torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean)), values, keys
+    def _from(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """h and c before the first word, from the mean of the values (B, D)."""
+        return torch.tanh(self.begin_h(mean)), torch.tanh(self.begin_c(mean))
 
     def advance(self, state: State, word: Tensor) -> tuple[Tensor, Tensor, State]:
         """One word further: embedded words (B, E) -> output (B, E), attention (B, N), state."""
         h, c, values, keys = state
         energy = self.score(torch.tanh(keys + self.query(h).unsqueeze(1))).squeeze(2)
         weights = torch.softmax(energy, 1)
-        context = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+        out, h, c = self._further(h, c, word, torch.bmm(weights.unsqueeze(1), values).squeeze(1))
+        return out, weights, (h, c, values, keys)
+
+    def _further(self, h: Tensor, c: Tensor, word: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output and state after a word, from what was attended (B, D)."""
         context = torch.sigmoid(self.gate(h)) * context
         h, c = self.cell(torch.cat([word, context], 1), (h, c))
-        out = torch.tanh(self.output_h(self.drop(h)) + self.output_z(context))
-        return out, weights, (h, c, values, keys)
+        return torch.tanh(self.output_h(self.drop(h)) + self.output_z(context)), h, c
 
     def step(self, state: State, token: Tensor) -> tuple[Tensor, State]:
         out, _, state = self.advance(state, self.embedding(token))
@@ -279,11 +286,24 @@ class ShowAttendTellDecoder(Decoder):
         return self.words(self.drop(torch.stack(outs, 1)))
 
     def without(self, features: Tensor, gone: Tensor, filling: Tensor, tokens: Tensor) -> Tensor:
-        """As `Captioner.decode_without`. Cells are projected by themselves, so each is so once, there and gone."""
+        """As `Captioner.decode_without`. All choices share the cells' values and keys; what is gone is put right."""
         values, keys = self.project(torch.cat([features, filling.expand_as(features)]))
-        out = gone.flatten(1)[:, :, None]
-        state = self._begin(torch.where(out, values[1], values[0]), torch.where(out, keys[1], keys[0]))
-        outs, _ = self.unroll(state, tokens.expand(len(gone), -1))
+        row, cell = torch.nonzero(gone.flatten(1), as_tuple=True)
+        change = values[1, cell] - values[0, cell]
+        mean = values[0].mean(0) + change.new_zeros(len(gone), change.shape[1]).index_add(
+            0, row, change / keys.shape[1]
+        )
+        h, c = self._from(mean)
+        few = ROWS if features.device.type == "cpu" else len(gone)
+        outs = []
+        for word in self.drop(self.embedding(tokens[0])):
+            query = self.query(h)
+            energy = torch.cat([self.score((keys[:1] + part[:, None]).tanh_()) for part in query.split(few)])[..., 0]
+            energy[row, cell] = self.score(torch.tanh(keys[1, cell] + query[row]))[:, 0]
+            weights = torch.softmax(energy, 1)
+            context = (weights @ values[0]).index_add(0, row, weights[row, cell, None] * change)
+            out, h, c = self._further(h, c, word.expand(len(gone), -1), context)
+            outs.append(out)
         return self.words(self.drop(torch.stack(outs, 1)))
 
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:
