@@ -72,7 +72,7 @@ class PretrainedCaptioner(Captioner):
     def decode_without(
         self, features: torch.Tensor, gone: torch.Tensor, filling: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        from captionfix.captioners.models import ShowAttendTellDecoder
+        from captionfix.captioners.decoders import ShowAttendTellDecoder
 
         decoder = self.model.decoder
         if isinstance(decoder, ShowAttendTellDecoder):
@@ -80,7 +80,7 @@ class PretrainedCaptioner(Captioner):
         return super().decode_without(features, gone, filling, tokens)
 
     def attention(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
-        from captionfix.captioners.models import ShowAttendTellDecoder
+        from captionfix.captioners.decoders import ShowAttendTellDecoder
 
         decoder = self.model.decoder
         return decoder.attention(features, tokens) if isinstance(decoder, ShowAttendTellDecoder) else None
