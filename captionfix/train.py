@@ -285,7 +285,7 @@ def train_images(
     tune_rate: float = 3e-4,
     cnn_rate: float = 1e-4,
     crop: float = 1.0,
-    attention_loss: float = 0.0,
+    region_loss: float = 0.0,
     hidden: int = 512,
     at_least: int = 5,
     max_words: int = 20,
@@ -319,8 +319,8 @@ def train_images(
         cnn_rate: the second stage's for the CNN.
         crop: in the second stage a photograph is cut at random to between this part and all of its width, and of its
             height; 1 leaves it whole.
-        attention_loss: weight of a loss that holds attention to the boxes of the words (see
-            `ShowAttendTellConfig`); 0: boxes are not read.
+        region_loss: weight of a loss that holds what words look at to their boxes (see `CaptionerConfig`); 0: boxes are
+            not read.
         hidden: units of the LSTM, and size of embeddings, projected cells and attention.
         at_least: a word must occur so often to be in the vocabulary.
         max_words: longer captions are cut.
@@ -340,11 +340,9 @@ def train_images(
 
     Raises:
         OutputError: `out` is not empty or can't be written.
-        DataError: `crop` is not between 0 and 1, or attention is to be held to boxes and there are none.
-        CaptionerError: `cnn` can't be read, `start` is none of the project's own captioners, or attention is to be held
-            to boxes and the family has none.
+        DataError: `crop` is not between 0 and 1, or words are to be held to boxes and there are none.
+        CaptionerError: `cnn` can't be read, or `start` is none of the project's own captioners.
     """
-    from captionfix.captioners.models import ShowAttendTellConfig
     from captionfix.captioners.words import vocabulary, word_tokenizer
     from captionfix.scoring import score_captions
 
@@ -375,19 +373,15 @@ def train_images(
             beam_length_power=beam_length_power,
         )
         model.encoder.cnn.load_state_dict(weights)
-    if attention_loss > 0:
-        if not isinstance(model.config, ShowAttendTellConfig):
-            raise CaptionerError(
-                "attention_loss: a Show-and-Tell captioner has no attention that could be held to boxes"
-            )
+    if region_loss > 0:
         if not any(boxes for entry in examples for caption in entry.boxes for boxes in caption):
-            raise DataError("attention_loss: no caption has phrases with boxes to hold attention to")
-        model.config.attention_loss = attention_loss
+            raise DataError("region_loss: no caption has phrases with boxes to hold words to")
+        model.config.region_loss = region_loss
     check = None if dev is None else lambda captioner: str(score_captions(captioner, dev[:200]))
     run = Run(model, tokenizer, size, place, half=half, check=check)
     captions = encode_captions(tokenizer, [entry.captions for entry in examples], max_words)
     how: dict[str, Any] = {"each": 5, "seed": seed, "mirrored": True}
-    if attention_loss > 0:
+    if region_loss > 0:
         how |= {"boxes": encode_boxes(tokenizer, examples, max_words), "grid": _grid(model, size)}
     common = {"precision": precision, "seed": seed, "save_every": save_every, "max_steps": max_steps}
     if epochs > 0:

@@ -43,8 +43,8 @@ Epochs = Annotated[float, typer.Option(help="Passes of the decoder over the CNN'
 TuneEpochs = Annotated[float, typer.Option(help="Passes of everything, end to end.")]
 CnnRate = Annotated[float, typer.Option(help="Highest learning rate of the CNN in the second stage.")]
 Crop = Annotated[float, typer.Option(help="Second stage: cut to this part of either side at least, at random; 1: no.")]
-AttentionLoss = Annotated[
-    float, typer.Option(min=0, help="Weight of a loss that holds attention to the boxes of the phrases; 0: none.")
+RegionLoss = Annotated[
+    float, typer.Option(min=0, help="Weight of a loss that holds what words look at to the boxes of phrases; 0: none.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Second stage: processes that read photographs ahead.")]
 Batch = Annotated[int, typer.Option(help="Images a step and process.")]
@@ -96,7 +96,7 @@ def photos(
     rate: Rate = 1e-3,
     cnn_rate: CnnRate = 1e-4,
     crop: Crop = 1.0,
-    attention_loss: AttentionLoss = 0.0,
+    region_loss: RegionLoss = 0.0,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
     precision: PrecisionOption = Precision.float32,

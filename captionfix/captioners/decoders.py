@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 State = tuple[Tensor, ...]
 
+TINY = 1e-6
+"""Least share that a logarithm is taken of."""
+
 ROWS = 8
 """Choices of cells whose attention is scored at once on a CPU: so few stay in its cache."""
 
@@ -39,6 +42,17 @@ class Decoder(nn.Module):
     def words(self, outputs: Tensor) -> Tensor:
         """(..., D) outputs -> (..., V) logits."""
         return F.linear(outputs, self.embedding.weight, self.output_bias) if self.tied else self.output(outputs)
+
+
+def misplaced(shares: Tensor, regions: Tensor) -> Tensor:
+    """Mean of -log of the share that lies in a word's region, over the words that have one; 0 where none has.
+
+    Args:
+        shares: (R, N), each row summing to 1.
+        regions: (R, N) in 0..1.
+    """
+    inside = (shares.float() * regions).sum(1)[regions.any(1)]
+    return -inside.clamp_min(TINY).log().sum() / max(len(inside), 1)
 
 
 def in_order(table: Tensor, lengths: list[int]) -> Tensor:
@@ -70,16 +84,52 @@ class ShowTellDecoder(Decoder):
         return tuple(part.index_select(1, index) for part in state)
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        return self._logits(self.image(self.pool(features).flatten(1)), tokens)
+        return self.words(self._outputs(self.pool(features), tokens))
 
-    def _logits(self, image: Tensor, tokens: Tensor) -> Tensor:
-        words = self.drop(self.embedding(tokens))
-        out, _ = self.lstm(torch.cat([self.drop(image).unsqueeze(1), words], 1))
-        return self.words(self.drop(out[:, 1:]))
+    def _outputs(self, pooled: Tensor, tokens: Tensor) -> Tensor:
+        inputs = self._inputs(pooled, tokens)
+        return self.drop(self.lstm(inputs)[0][:, 1:])
 
-    def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> tuple[Tensor, None]:
-        """As `ShowAttendTellDecoder.packed`, without attention."""
-        return in_order(self._logits(self.image(self.pool(features).flatten(1))[owner], tokens), lengths), None
+    def _inputs(self, pooled: Tensor, tokens: Tensor) -> Tensor:
+        """(B, F, p, p) pooled maps and (B, T) tokens -> (B, 1 + T, E): what the LSTM reads."""
+        return self.drop(torch.cat([self.image(pooled.flatten(1)).unsqueeze(1), self.embedding(tokens)], 1))
+
+    def packed(
+        self, features: Tensor, labels: Tensor, lengths: list[int], owner: Tensor, regions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `ShowAttendTellDecoder.packed`. What a word looks at is, without attention, what raises its
+        log-probability: the positive part of the gradient times the cells less their mean; of one word of each caption,
+        chosen at random (all of them would cost a pass each)."""
+        pooled = self.pool(features)[owner]
+        if regions is None:
+            return self.words(in_order(self._outputs(pooled, labels[:, :-1]), lengths)), None
+        with torch.enable_grad():
+            if not pooled.requires_grad:
+                pooled.requires_grad_()
+            state, outs = None, []
+            for inputs in self._inputs(pooled, labels[:, :-1]).unbind(1):  # nn.LSTM has no second derivative on a GPU
+                zero = inputs.new_zeros(len(inputs), self.lstm.hidden_size)
+                state = torch.lstm_cell(inputs, state or (zero, zero), *self.lstm.all_weights[0])
+                outs.append(state[0])
+            outputs = self.drop(torch.stack(outs[1:], 1))
+            logits = self.words(in_order(outputs, lengths))
+            known = regions.any(2)
+            row = known.any(1).nonzero()[:, 0]
+            if len(row) == 0:
+                return logits, logits.new_zeros(())
+            word = torch.multinomial(known[row].float(), 1)[:, 0]
+            chosen = self.words(outputs[row, word - 1]).log_softmax(1).gather(1, labels[row, word, None])
+            (gradient,) = torch.autograd.grad(chosen.sum(), pooled, create_graph=True)
+            raises = self._parts(gradient[row], features, owner[row]).relu()
+            return logits, misplaced(raises / raises.sum(1, True).clamp_min(TINY), regions[row, word])
+
+    def _parts(self, gradient: Tensor, features: Tensor, owner: Tensor) -> Tensor:
+        """(R, N): gradient by pooled maps (R, F, p, p), taken back to the cells, times what cells have more than their
+        mean, summed over channels; row i is of the image `features[owner[i]]`."""
+        cells = (features - features.mean((2, 3), keepdim=True)).flatten(2)[owner]
+        each = torch.eye(cells.shape[2], dtype=cells.dtype, device=cells.device).unflatten(1, features.shape[2:])
+        pooling = self.pool(each.unsqueeze(1)).flatten(1).T  # (p p, N)
+        return (torch.bmm(gradient.flatten(2).transpose(1, 2), cells) * pooling).sum(1)
 
 
 class ShowAttendTellDecoder(Decoder):
@@ -172,15 +222,26 @@ class ShowAttendTellDecoder(Decoder):
         _, weights = self.unroll(self.begin(features), tokens)
         return torch.stack(weights, 1).unflatten(2, features.shape[2:])
 
-    def packed(self, features: Tensor, tokens: Tensor, lengths: list[int], owner: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (sum of lengths, V) and attention (sum of lengths, N) of the first `lengths[i]` words of row i, in the
-        order of `in_order`.
+    def packed(
+        self, features: Tensor, labels: Tensor, lengths: list[int], owner: Tensor, regions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What training needs of whole captions.
 
-        Row i is a caption of the image `features[owner[i]]`; a caption that has ended costs nothing any more.
+        Args:
+            features: (B, F, h, w).
+            labels: (R, T): captions from start to end.
+            lengths: the words of each that are predicted, longest first; a caption that has ended costs nothing more.
+            owner: (R,): row i is a caption of the image `features[owner[i]]`.
+            regions: (R, T, N): how much of each cell belongs to a word, or None.
+
+        Returns:
+            Logits (sum of lengths, V) in the order of `in_order`; with `regions` also, over all words that have one,
+            the mean of -log of the share of what they look at (here: attention) that lies in it.
         """
         state = self.reorder(self.begin(features), owner)  # several captions an image: the map is projected once
-        outs, weights = self.unroll(state, tokens, lengths)
-        return self.words(self.drop(torch.cat(outs))), torch.cat(weights)
+        outs, weights = self.unroll(state, labels[:, :-1], lengths)
+        logits = self.words(self.drop(torch.cat(outs)))
+        return logits, None if regions is None else misplaced(torch.cat(weights), in_order(regions[:, 1:], lengths))
 
     def unroll(
         self, state: State, tokens: Tensor, lengths: list[int] | None = None

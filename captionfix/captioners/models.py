@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -34,6 +33,10 @@ class CaptionerConfig(PretrainedConfig):
         frozen_norms: the CNN's batch norms keep their running statistics in training.
         max_words: longest caption, end not counted.
         beam_length_power: the beam search compares log-probabilities divided by length to this power.
+        region_loss: weight, in training with regions, of -log of the share of what a word looks at that lies in its
+            region. With attention that is its attention correctness (Liu, Mao, Sha, Yuille 2017, "Attention Correctness
+            in Neural Image Captioning"); without, the share of what raises the word's log-probability, by gradient
+            (after Selvaraju et al. 2019, "Taking a HINT").
         explain: the captioner's own settings for `captionfix.explain`, ``{"method": ..., "policy": ...}``.
     """
 
@@ -51,6 +54,7 @@ class CaptionerConfig(PretrainedConfig):
         frozen_norms: bool = False,
         max_words: int = 20,
         beam_length_power: float = 1.0,
+        region_loss: float = 0.0,
         explain: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -66,6 +70,7 @@ class CaptionerConfig(PretrainedConfig):
         self.frozen_norms = frozen_norms
         self.max_words = max_words
         self.beam_length_power = beam_length_power
+        self.region_loss = region_loss
         self.explain = explain
         kwargs.setdefault("pad_token_id", 0)
         kwargs.setdefault("bos_token_id", 1)
@@ -90,8 +95,6 @@ class ShowAttendTellConfig(CaptionerConfig):
         value_size: numbers that a cell of the feature map is projected to before it is attended.
         attention_size: units of the additive attention.
         positions: height and width of the feature map if its cells get a learned position, else None.
-        attention_loss: weight, in training with regions, of -log of the attention that lies in a word's region (its
-            attention correctness: Liu, Mao, Sha, Yuille 2017, "Attention Correctness in Neural Image Captioning").
         kwargs: see `CaptionerConfig`.
     """
 
@@ -102,13 +105,11 @@ class ShowAttendTellConfig(CaptionerConfig):
         value_size: int = 512,
         attention_size: int = 512,
         positions: list[int] | tuple[int, int] | None = None,
-        attention_loss: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.value_size = value_size
         self.attention_size = attention_size
         self.positions = list(positions) if positions is not None else None
-        self.attention_loss = attention_loss
         super().__init__(**kwargs)
 
 
@@ -217,7 +218,7 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
             state: the decoder's state; then only the last token of `input_ids` is read.
             labels: (B, K, T) or (B, T): whole captions from start to end, filled up with pad; K captions an image.
             regions: (B, K, T, h, w): how much of each cell belongs to what a word of `labels` speaks of, all 0 where
-                that is not known; see `ShowAttendTellConfig.attention_loss`.
+                that is not known; see `CaptionerConfig.region_loss`.
             return_dict: accepted for `generate`; the output is always a `CaptionerOutput`.
         """
         if state is not None and input_ids is not None:
@@ -241,17 +242,16 @@ class CaptionerModel(PreTrainedModel, GenerationMixin):
         labels, lengths = labels[order], lengths[order]
         steps: list[int] = lengths.tolist()
         owner = order // (len(labels) // images)
-        logits, attention = self.decoder.packed(features, labels[:, :-1], steps, owner)
+        if regions is not None:
+            regions = regions.reshape(*labels.shape, -1)[order]
+        logits, misplaced = self.decoder.packed(features, labels, steps, owner, regions)
         loss = F.cross_entropy(
             logits.float(),
             in_order(labels[:, 1:], steps),
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
-        if regions is not None and attention is not None:
-            where = in_order(regions.reshape(-1, *regions.shape[2:]).flatten(2)[order][:, 1:], steps)
-            correct = (attention.float() * where).sum(1)[where.sum(1) > 0]
-            tiny = torch.finfo(correct.dtype).tiny
-            loss = loss - self.config.attention_loss * correct.clamp_min(tiny).log().sum() / max(len(correct), 1)
+        if misplaced is not None:
+            loss = loss + self.config.region_loss * misplaced
         return CaptionerOutput(loss=loss, logits=logits.detach())
 
     # What transformers' generation asks of a model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_loss_is_the_mean_over_words_whatever_the_padding(captioner, pixels):
 
 
 def test_attention_is_held_to_regions_where_they_are_known(make, pixels):
-    captioner = make("show-attend-tell", attention_loss=0.7)
+    captioner = make("show-attend-tell", region_loss=0.7)
     labels = torch.tensor([[[1, 4, 6, 2, 0], [1, 5, 7, 4, 2]], [[1, 4, 2, 0, 0], [1, 6, 7, 2, 0]]])
     regions = torch.rand(2, 2, 5, 4, 4, generator=torch.manual_seed(0)).round()
     regions[0, 0, 2:] = regions[1, 1] = 0  # nothing is known
@@ -169,6 +170,31 @@ def test_attention_is_held_to_regions_where_they_are_known(make, pixels):
     assert float(with_regions - plain) == pytest.approx(-0.7 * sum(logs) / len(logs), rel=1e-4)
     with torch.no_grad():  # a batch of which nothing is known is a plain one
         assert captioner.model(pixel_values=pixels[:2], labels=labels, regions=0 * regions).loss == plain
+
+
+@pytest.mark.parametrize("pool", [1, 3])
+def test_without_attention_gradients_are_held_to_regions(make, pixels, pool):
+    captioner = make("show-tell", region_loss=0.7, pool=pool)
+    labels = torch.tensor([[[1, 4, 6, 2, 0], [1, 5, 7, 4, 2]], [[1, 4, 2, 0, 0], [1, 6, 7, 2, 0]]])
+    regions = torch.zeros(2, 2, 5, 4, 4)
+    known = [(0, 0, 2), (0, 1, 3), (1, 1, 1)]  # one word of a caption at most, so none is chosen
+    for i, (image, caption, word) in enumerate(known):
+        regions[image, caption, word] = torch.rand(4, 4, generator=torch.manual_seed(i)).round()
+    model = captioner.model
+    loss = model(pixel_values=pixels[:2], labels=labels, regions=regions).loss
+    logs = []
+    for i, k, t in known:
+        features = captioner.encode(pixels[i][None]).detach().requires_grad_()
+        table = captioner.decode(features, labels[i, k, :t][None]).log_softmax(2)
+        (gradient,) = torch.autograd.grad(table[0, -1, labels[i, k, t]], features)
+        raises = (gradient * (features - features.mean((2, 3), keepdim=True))).sum((0, 1)).clamp(min=0)
+        logs.append(math.log(((raises * regions[i, k, t]).sum() / raises.sum()).item()))
+    with torch.no_grad():
+        plain = model(pixel_values=pixels[:2], labels=labels).loss
+        assert model(pixel_values=pixels[:2], labels=labels, regions=0 * regions).loss == pytest.approx(float(plain))
+    assert (loss - plain).item() == pytest.approx(-0.7 * sum(logs) / len(logs), rel=1e-3)
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_frozen_norms_keep_their_statistics_in_training(make, pixels):
