@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 State = tuple[Tensor, ...]
 
-TINY = 1e-6
-"""Least share that a logarithm is taken of."""
+TINY = torch.finfo(torch.float32).tiny
+"""Least number that is divided by, and least share that a logarithm is taken of."""
 
 ROWS = 8
 """Choices of cells whose attention is scored at once on a CPU: so few stay in its cache."""
@@ -120,7 +120,7 @@ class ShowTellDecoder(Decoder):
             word = torch.multinomial(known[row].float(), 1)[:, 0]
             chosen = self.words(outputs[row, word - 1]).log_softmax(1).gather(1, labels[row, word, None])
             (gradient,) = torch.autograd.grad(chosen.sum(), pooled, create_graph=True)
-            raises = self._parts(gradient[row], features, owner[row]).relu()
+            raises = self._parts(gradient[row], features, owner[row]).relu().float()
             return logits, misplaced(raises / raises.sum(1, True).clamp_min(TINY), regions[row, word])
 
     def _parts(self, gradient: Tensor, features: Tensor, owner: Tensor) -> Tensor:
