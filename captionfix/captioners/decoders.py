@@ -6,6 +6,7 @@ records operations can follow.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,15 @@ TINY = torch.finfo(torch.float32).tiny
 
 ROWS = 8
 """Choices of cells whose attention is scored at once on a CPU: so few stay in its cache."""
+
+CONTRASTED = 2
+"""Captions for each image of a batch whose words are contrasted between patches: each costs as much as three."""
+
+OWN, OTHER = 0.7, 0.1
+"""A patch is a word's own if at least so much of it lies in the word's region, another's if at most so much does."""
+
+WAY = (0.2, 1.0)
+"""Least and most part of the way from a map's mean to what a patch holds."""
 
 
 class Decoder(nn.Module):
@@ -55,6 +65,36 @@ def misplaced(shares: Tensor, regions: Tensor) -> Tensor:
     return -inside.clamp_min(TINY).log().sum() / max(len(inside), 1)
 
 
+def draw_patches(regions: Tensor, grid: tuple[int, int] | torch.Size) -> Tensor:
+    """(R, 3, N): patches of a map of the grid's height and width, for each of R captions whose words have regions
+    (R, T, N): of a word chosen at random, of another one that shares at most a tenth with it if there is one, and any
+    rectangle; each of them thinned at random.
+
+    Every caption needs a word with a region.
+    """
+
+    def one_of(words: Tensor) -> Tensor:
+        return regions[every, torch.multinomial(words.float(), 1)[:, 0]]
+
+    def span(side: int) -> Tensor:
+        length = torch.randint(1, max(1, side // 2) + 1, (len(regions), 1), device=regions.device)
+        first = (torch.rand(len(regions), 1, device=regions.device) * (side - length + 1)).long()
+        place = torch.arange(side, device=regions.device)
+        return (place >= first) & (place < first + length)
+
+    every, size = torch.arange(len(regions), device=regions.device), regions.sum(2)
+    known = size > 0
+    first = one_of(known)
+    shared = torch.minimum(regions, first[:, None]).sum(2)
+    apart = known & (shared <= OTHER * torch.minimum(size, first.sum(1, keepdim=True)))
+    second = one_of(torch.where(apart.any(1, keepdim=True), apart, known))
+    height, width = grid
+    rectangle = (span(height)[:, :, None] & span(width)[:, None, :]).flatten(1).to(regions.dtype)
+    whole = torch.stack([first, second, rectangle], 1)
+    thinned = whole * (torch.rand_like(whole) < torch.empty_like(whole[..., :1]).uniform_(0.3, 1))
+    return torch.where(thinned.any(2, keepdim=True), thinned, whole)
+
+
 def in_order(table: Tensor, lengths: list[int]) -> Tensor:
     """(B, T, ...) -> (sum of lengths, ...): the first `lengths[i]` entries of row i (longest first), those of all first
     words before those of the second ones."""
@@ -84,52 +124,64 @@ class ShowTellDecoder(Decoder):
         return tuple(part.index_select(1, index) for part in state)
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        return self.words(self._outputs(self.pool(features), tokens))
-
-    def _outputs(self, pooled: Tensor, tokens: Tensor) -> Tensor:
-        inputs = self._inputs(pooled, tokens)
-        return self.drop(self.lstm(inputs)[0][:, 1:])
+        return self.words(self.drop(self._hidden(self.drop(self._inputs(self.pool(features), tokens)))))
 
     def _inputs(self, pooled: Tensor, tokens: Tensor) -> Tensor:
         """(B, F, p, p) pooled maps and (B, T) tokens -> (B, 1 + T, E): what the LSTM reads."""
-        return self.drop(torch.cat([self.image(pooled.flatten(1)).unsqueeze(1), self.embedding(tokens)], 1))
+        return torch.cat([self.image(pooled.flatten(1)).unsqueeze(1), self.embedding(tokens)], 1)
+
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        """(B, 1 + T, E) -> (B, T, D): the states that words are predicted from."""
+        return self.lstm(inputs)[0][:, 1:]
 
     def packed(
         self, features: Tensor, labels: Tensor, lengths: list[int], owner: Tensor, regions: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `ShowAttendTellDecoder.packed`. What a word looks at is, without attention, what raises its
-        log-probability: the positive part of the gradient times the cells less their mean; of one word of each caption,
-        chosen at random (all of them would cost a pass each)."""
-        pooled = self.pool(features)[owner]
-        if regions is None:
-            return self.words(in_order(self._outputs(pooled, labels[:, :-1]), lengths)), None
-        with torch.enable_grad():
-            if not pooled.requires_grad:
-                pooled.requires_grad_()
-            state, outs = None, []
-            for inputs in self._inputs(pooled, labels[:, :-1]).unbind(1):  # nn.LSTM has no second derivative on a GPU
-                zero = inputs.new_zeros(len(inputs), self.lstm.hidden_size)
-                state = torch.lstm_cell(inputs, state or (zero, zero), *self.lstm.all_weights[0])
-                outs.append(state[0])
-            outputs = self.drop(torch.stack(outs[1:], 1))
-            logits = self.words(in_order(outputs, lengths))
-            known = regions.any(2)
-            row = known.any(1).nonzero()[:, 0]
-            if len(row) == 0:
-                return logits, logits.new_zeros(())
-            word = torch.multinomial(known[row].float(), 1)[:, 0]
-            chosen = self.words(outputs[row, word - 1]).log_softmax(1).gather(1, labels[row, word, None])
-            (gradient,) = torch.autograd.grad(chosen.sum(), pooled, create_graph=True)
-            raises = self._parts(gradient[row], features, owner[row]).relu().float()
-            return logits, misplaced(raises / raises.sum(1, True).clamp_min(TINY), regions[row, word])
+        """As `ShowAttendTellDecoder.packed`, but what is asked of words with regions is another thing, since nothing
+        says where they look: to be likelier when the image is more of a patch in their region than when it is more of
+        one outside. It is the mean of -log of p(word | the former) / (p(word | the former) + sum of p(word | the
+        latter)), three patches for each of some captions of the batch (see `draw_patches`)."""
+        outputs = self.drop(self._hidden(self.drop(self._inputs(self.pool(features)[owner], labels[:, :-1]))))
+        logits = self.words(in_order(outputs, lengths))
+        return logits, None if regions is None else self._confused(features, labels, owner, regions)
 
-    def _parts(self, gradient: Tensor, features: Tensor, owner: Tensor) -> Tensor:
-        """(R, N): gradient by pooled maps (R, F, p, p), taken back to the cells, times what cells have more than their
-        mean, summed over channels; row i is of the image `features[owner[i]]`."""
-        cells = (features - features.mean((2, 3), keepdim=True)).flatten(2)[owner]
-        each = torch.eye(cells.shape[2], dtype=cells.dtype, device=cells.device).unflatten(1, features.shape[2:])
+    def _confused(self, features: Tensor, labels: Tensor, owner: Tensor, regions: Tensor) -> Tensor:
+        rows = regions.flatten(1).any(1).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), device=rows.device)[: CONTRASTED * len(features)]]
+        labels, regions = labels[rows], regions[rows]
+        patches = draw_patches(regions, features.shape[2:])
+        held = torch.bmm(regions[:, 1:], (patches / patches.sum(2, True)).transpose(1, 2))  # (R, T - 1, K)
+        known = regions[:, 1:].any(2, keepdim=True)
+        own, other = known & (held >= OWN), known & (held <= OTHER)
+        asked = own.any(2) & other.any(2)
+        if not asked.any():
+            return features.new_zeros(())
+        maps = self._more_of(patches, features, owner[rows])  # (R, K, F, p, p)
+        count = maps.shape[1]
+        inputs = self._inputs(maps.flatten(0, 1), labels[:, :-1].repeat_interleave(count, 0))
+        hidden = self._hidden(self._drop_alike(inputs, count))
+        hidden = self._drop_alike(hidden, count).unflatten(0, (-1, count)).transpose(1, 2)[asked]  # (M, K, D)
+        scores = self.words(hidden).float().log_softmax(2)
+        score = scores.gather(2, labels[:, 1:][asked][:, None, None].expand(-1, count, 1))[..., 0]
+        against = score.masked_fill(~other[asked], -math.inf).logsumexp(1, keepdim=True)
+        return F.softplus(against - score)[own[asked]].mean()
+
+    def _drop_alike(self, table: Tensor, count: int) -> Tensor:
+        """Dropout that is the same for each `count` rows, so that it does not tell them apart."""
+        return table * self.drop(torch.ones_like(table[::count])).repeat_interleave(count, 0)
+
+    def _more_of(self, patches: Tensor, features: Tensor, owner: Tensor) -> Tensor:
+        """Pooled maps (R, K, F, p, p) that are more of a patch (R, K, N) than the image's own: from the map's mean, by
+        a random part of the way, towards what the patch holds. Row i is of the image `features[owner[i]]`."""
+        mean = features.mean((2, 3))
+        cells = (features.flatten(2) - mean[..., None]).transpose(1, 2)[owner]  # (R, N, F)
+        each = torch.eye(cells.shape[1], dtype=cells.dtype, device=cells.device).unflatten(1, features.shape[2:])
         pooling = self.pool(each.unsqueeze(1)).flatten(1).T  # (p p, N)
-        return (torch.bmm(gradient.flatten(2).transpose(1, 2), cells) * pooling).sum(1)
+        parts = patches.to(cells.dtype).unsqueeze(2) * pooling  # (R, K, p p, N)
+        way = torch.empty_like(parts[:, :, :1, :1]).uniform_(*WAY)
+        parts = way * parts / parts.sum(3, True).amax(2, keepdim=True)
+        moved = torch.bmm(parts.flatten(1, 2), cells).view(*parts.shape[:3], -1).transpose(2, 3)
+        return (mean[owner][:, None, :, None] + moved).unflatten(3, (self.pool.output_size,) * 2)
 
 
 class ShowAttendTellDecoder(Decoder):

@@ -33,10 +33,11 @@ class CaptionerConfig(PretrainedConfig):
         frozen_norms: the CNN's batch norms keep their running statistics in training.
         max_words: longest caption, end not counted.
         beam_length_power: the beam search compares log-probabilities divided by length to this power.
-        region_loss: weight, in training with regions, of -log of the share of what a word looks at that lies in its
-            region. With attention that is its attention correctness (Liu, Mao, Sha, Yuille 2017, "Attention Correctness
-            in Neural Image Captioning"); without, the share of what raises the word's log-probability, by gradient
-            (after Selvaraju et al. 2019, "Taking a HINT").
+        region_loss: weight, in training with regions, of a loss that grounds words in them. With attention it is -log
+            of the share of a word's attention that lies in its region (Liu, Mao, Sha, Yuille 2017, "Attention
+            Correctness in Neural Image Captioning"). Without, it contrasts the word's probability when the image is
+            more of a patch in its region with that when it is more of one outside (as InfoNCE does: van den Oord, Li,
+            Vinyals 2018, "Representation Learning with Contrastive Predictive Coding").
         explain: the captioner's own settings for `captionfix.explain`, ``{"method": ..., "policy": ...}``.
     """
 

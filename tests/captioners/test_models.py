@@ -7,8 +7,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from captionfix.captioners import decoders
 from captionfix.errors import CaptionError
 
 TOKENS = torch.tensor([[1, 4, 5, 6, 7], [1, 4, 6, 7, 2], [1, 5, 5, 4, 8], [1, 6, 7, 4, 9]])
@@ -173,28 +176,72 @@ def test_attention_is_held_to_regions_where_they_are_known(make, pixels):
 
 
 @pytest.mark.parametrize("pool", [1, 3])
-def test_without_attention_gradients_are_held_to_regions(make, pixels, pool):
+def test_without_attention_words_are_told_apart_by_patches(make, pixels, pool, monkeypatch):
     captioner = make("show-tell", region_loss=0.7, pool=pool)
     labels = torch.tensor([[[1, 4, 6, 2, 0], [1, 5, 7, 4, 2]], [[1, 4, 2, 0, 0], [1, 6, 7, 2, 0]]])
+    left, right, top = (torch.zeros(4, 4) for _ in range(3))
+    left[:, :2] = right[:, 2:] = top[:2] = 1
     regions = torch.zeros(2, 2, 5, 4, 4)
-    known = [(0, 0, 2), (0, 1, 3), (1, 1, 1)]  # one word of a caption at most, so none is chosen
-    for i, (image, caption, word) in enumerate(known):
-        regions[image, caption, word] = torch.rand(4, 4, generator=torch.manual_seed(i)).round()
+    regions[0, 0, 1], regions[0, 0, 2] = left, right
+    regions[0, 1, 3] = top  # half of two patches lies in it: neither its own nor another's
+    regions[1, 1, 1:3] = left
+    corner = torch.zeros(4, 4)
+    corner[3, 3] = 1
+    patches = torch.stack([left, right, corner])
+    monkeypatch.setattr(decoders, "draw_patches", lambda r, grid: patches.flatten(1).expand(len(r), -1, -1))
+    monkeypatch.setattr(decoders, "WAY", (0.5, 0.5))
     model = captioner.model
     loss = model(pixel_values=pixels[:2], labels=labels, regions=regions).loss
+
+    def score(image, caption, word, patch):
+        features = captioner.encode(pixels[image][None])
+        mean = features.mean((2, 3), keepdim=True)
+        covered = torch.nn.functional.adaptive_avg_pool2d(patch[None], pool).max()
+        more = mean + 0.5 * patch / covered * (features - mean)
+        table = captioner.decode(more, labels[image, caption, :word][None]).log_softmax(2)
+        return float(table[0, -1, labels[image, caption, word]].detach())
+
     logs = []
-    for i, k, t in known:
-        features = captioner.encode(pixels[i][None]).detach().requires_grad_()
-        table = captioner.decode(features, labels[i, k, :t][None]).log_softmax(2)
-        (gradient,) = torch.autograd.grad(table[0, -1, labels[i, k, t]], features)
-        raises = (gradient * (features - features.mean((2, 3), keepdim=True))).sum((0, 1)).clamp(min=0)
-        logs.append(math.log(((raises * regions[i, k, t]).sum() / raises.sum()).item()))
+    for image, caption, word, own, others in (
+        (0, 0, 1, (left,), (right, corner)),
+        (0, 0, 2, (right, corner), (left,)),
+        (1, 1, 1, (left,), (right, corner)),
+        (1, 1, 2, (left,), (right, corner)),
+    ):
+        against = sum(math.exp(score(image, caption, word, patch)) for patch in others)
+        for patch in own:
+            likely = math.exp(score(image, caption, word, patch))
+            logs.append(math.log(likely / (likely + against)))
     with torch.no_grad():
         plain = model(pixel_values=pixels[:2], labels=labels).loss
         assert model(pixel_values=pixels[:2], labels=labels, regions=0 * regions).loss == pytest.approx(float(plain))
+        regions[0, 0], regions[1, 1] = 0, 1  # what is known tells nothing apart
+        assert model(pixel_values=pixels[:2], labels=labels, regions=regions).loss == pytest.approx(float(plain))
     assert (loss - plain).item() == pytest.approx(-0.7 * sum(logs) / len(logs), rel=1e-3)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@given(st.data())
+def test_patches_lie_in_a_word_s_region_in_another_s_and_anywhere(data):
+    height, width = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    seed = data.draw(st.integers(0, 10**6))
+    torch.manual_seed(seed)
+    regions = (torch.rand(3, 4, height, width) < torch.rand(3, 4, 1, 1)).float()
+    regions[:, 1, 0, 0] = 1  # each has a word with a region
+    patches = decoders.draw_patches(regions.flatten(2), (height, width))
+    assert patches.shape == (3, 3, height * width)
+    assert patches.any(2).all()
+    for words, (first, second, rectangle) in zip(regions.flatten(2), patches, strict=True):
+        drawn_from = [[k for k, word in enumerate(words) if (word >= patch).all()] for patch in (first, second)]
+        size = words.sum(1)
+        apart = (torch.minimum(words[:, None], words).sum(2) <= 0.1 * torch.minimum(size[:, None], size)) & (size > 0)
+        # whichever word the first was drawn from, the second's lies apart from it if any does
+        assert any(apart[k, drawn_from[1]].any() or not apart[k].any() for k in drawn_from[0])
+        assert drawn_from[1]
+        rows, columns = rectangle.view(height, width).nonzero().T
+        assert rows.max() - rows.min() < max(1, height // 2)
+        assert columns.max() - columns.min() < max(1, width // 2)
 
 
 def test_frozen_norms_keep_their_statistics_in_training(make, pixels):
