@@ -319,7 +319,7 @@ def train_images(
         cnn_rate: the second stage's for the CNN.
         crop: in the second stage a photograph is cut at random to between this part and all of its width, and of its
             height; 1 leaves it whole.
-        region_loss: weight of a loss that holds what words look at to their boxes (see `CaptionerConfig`); 0: boxes are
+        region_loss: weight of a loss that grounds words in their boxes (see `CaptionerConfig`); 0: boxes are
             not read.
         hidden: units of the LSTM, and size of embeddings, projected cells and attention.
         at_least: a word must occur so often to be in the vocabulary.

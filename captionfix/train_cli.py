@@ -44,7 +44,7 @@ TuneEpochs = Annotated[float, typer.Option(help="Passes of everything, end to en
 CnnRate = Annotated[float, typer.Option(help="Highest learning rate of the CNN in the second stage.")]
 Crop = Annotated[float, typer.Option(help="Second stage: cut to this part of either side at least, at random; 1: no.")]
 RegionLoss = Annotated[
-    float, typer.Option(min=0, help="Weight of a loss that holds what words look at to the boxes of phrases; 0: none.")
+    float, typer.Option(min=0, help="Weight of a loss that grounds words in the boxes of phrases; 0: none.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Second stage: processes that read photographs ahead.")]
 Batch = Annotated[int, typer.Option(help="Images a step and process.")]
