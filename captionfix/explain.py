@@ -19,7 +19,18 @@ from .errors import CaptionerError, CaptionError, PolicyError
 from .explanation import Explanation, Explanations, Word
 from .images import read_image
 from .unravel import Policy
-from .word_to_map import Caption, Flow, attention, flows, image_effect, joined, normalised, removal
+from .word_to_map import (
+    Caption,
+    Flow,
+    attention,
+    flows,
+    image_effect,
+    joined,
+    normalised,
+    reads_the_mean,
+    removal,
+    removed,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,8 +57,14 @@ class Leg(NamedTuple):
 
 
 def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
-    start, place = joined(captioner, features, caption, found)
-    return Leg(map_to_pixels.channels(features[0], start), place, common=0.5, even=0.3, power=1.5)
+    if reads_the_mean(captioner, features, caption):
+        # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
+        start = place = removed(captioner, features, caption, found, "mean")
+        common = 1.0
+    else:
+        start, place = joined(captioner, features, caption, found)
+        common = 0.5
+    return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5)
 
 
 def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:

@@ -89,19 +89,31 @@ def removal(
     return (whole - torch.cat(without)).T.reshape(-1, height, width)
 
 
-@torch.inference_mode()
 def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
     """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses
     when it can no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that;
     for it every cell is set to zero instead."""
-    tokens = caption.inputs(features.device)
-    plain = Caption(caption.start, caption.ids)
+    whole, blank, zero = _blanked(captioner, features, caption)
+    return whole - (zero if _alike(whole, blank) else blank)
+
+
+def reads_the_mean(captioner: Captioner, features: Tensor, caption: Caption) -> bool:
+    """Whether the decoder sees nothing of the feature map but the mean of its cells, as Show and Tell does."""
+    whole, blank, _ = _blanked(captioner, features, caption)
+    return _alike(whole, blank)
+
+
+@torch.inference_mode()
+def _blanked(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
+    """(3, n): each word's log-probability from the map as it is, with its mean in every cell, with zero in each."""
     mean = features.mean((2, 3), keepdim=True).expand_as(features)
-    whole, blank, zero = plain.scores(
-        captioner.decode(torch.cat([features, mean, torch.zeros_like(features)]), tokens.expand(3, -1))
-    )
-    pooled = torch.allclose(whole, blank, atol=1e-4)
-    return whole - (zero if pooled else blank)
+    maps = torch.cat([features, mean, torch.zeros_like(features)])
+    tokens = caption.inputs(features.device).expand(3, -1)
+    return Caption(caption.start, caption.ids).scores(captioner.decode(maps, tokens))
+
+
+def _alike(whole: Tensor, blank: Tensor) -> bool:
+    return torch.allclose(whole, blank, atol=1e-4)
 
 
 @dataclass(frozen=True)
@@ -261,6 +273,12 @@ def normalised(maps: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.where(total > 0, table / total.clamp_min(torch.finfo(table.dtype).tiny), torch.zeros_like(table))
 
 
+def removed(captioner: Captioner, features: Tensor, caption: Caption, found: Flow, fill: Fill = "zero") -> Tensor:
+    """(n, h, w), each word's sum 1: removal, or the flow of a word that no removal makes less likely."""
+    away = normalised(removal(captioner, features, caption, fill))
+    return torch.where(away.sum((1, 2), keepdim=True) == 0, normalised(found.features.sum(1)), away)
+
+
 def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> tuple[Tensor, Tensor]:
     """Removal and flow together.
 
@@ -272,10 +290,7 @@ def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow
         word that no removal makes less likely starts from its flow alone); and the arithmetic mean, what either says
         of a place.
     """
-    away = normalised(removal(captioner, features, caption))
-    along = normalised(found.features.sum(1))
-    silent = away.sum((1, 2), keepdim=True) == 0
-    away = torch.where(silent, along, away)
+    away, along = removed(captioner, features, caption, found), normalised(found.features.sum(1))
     both = normalised((away**2 * along) ** (1 / 3))
     both = torch.where(both.sum((1, 2), keepdim=True) == 0, along, both)
     return both, (away + along) / 2

@@ -266,7 +266,9 @@ def test_unknown_words_may_be_mapped(captioner, made):
     assert len(result) == 7
 
 
-def test_attention_is_refused_where_there_is_none(made):
+@pytest.fixture
+def without_attention():
+    """Makes tiny Show-and-Tell captioners: pool -> captioner."""
     from captionfix.captioners import models
     from captionfix.captioners.pretrained import PretrainedCaptioner
     from captionfix.captioners.words import SPECIAL, square_processor, word_tokenizer
@@ -279,15 +281,55 @@ def test_attention_is_refused_where_there_is_none(made):
         "depths": [1, 1],
         "layer_type": "basic",
     }
-    torch.manual_seed(0)
-    config = models.ShowTellConfig(
-        cnn=cnn, image_size=32, feature_size=12, vocab_size=len(words), word_size=16, hidden_size=16, max_words=8
-    )
-    captioner = PretrainedCaptioner(models.ShowTellModel(config), word_tokenizer(words), square_processor(32), "tiny")
+    settings = {"cnn": cnn, "image_size": 32, "feature_size": 12, "vocab_size": len(words), "max_words": 8}
+
+    def make(pool):
+        torch.manual_seed(0)
+        model = models.ShowTellModel(models.ShowTellConfig(**settings, word_size=16, hidden_size=16, pool=pool))
+        return PretrainedCaptioner(model, word_tokenizer(words), square_processor(32), "tiny")
+
+    return make
+
+
+def test_attention_is_refused_where_there_is_none(made, without_attention):
+    captioner = without_attention(1)
     with pytest.raises(PolicyError, match="no attention"):
         captionfix.explain(captioner, made.image, caption="a red star", method="attention")
     result = captionfix.explain(captioner, made.image, caption="a red star")
     assert any(abs(word.image_effect) > 1e-4 for word in result)  # the pooled map's mean is itself: zero instead
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(made, without_attention, pool):
+    """And only such a one: where places are read, the flow counts too."""
+    captioner = without_attention(pool)
+    result = captionfix.explain(captioner, made.image, caption="a red star")
+    with torch.no_grad():
+        features = captioner.encode(captioner.prepare(Image.fromarray(made.image)).pixels[None])
+        ids = captioner.tokenize("a red star")
+        tokens = torch.tensor([[captioner.vocabulary.start, *ids[:-1]]])
+        mean = features.mean((2, 3))
+        drops = torch.zeros(3, *features.shape[2:])
+        for row in range(features.shape[2]):
+            for column in range(features.shape[3]):
+                changed = features.clone()
+                changed[:, :, row, column] = mean
+                for k, word in enumerate(ids):
+                    before, after = (
+                        captioner.decode(f, tokens).log_softmax(2)[0, k, word] for f in (features, changed)
+                    )
+                    drops[k, row, column] = before - after
+    needed = drops.clamp(min=0) / drops.clamp(min=0).sum((1, 2), keepdim=True)
+    same = [np.allclose(word.feature_map, cells, atol=1e-3) for word, cells in zip(result, needed, strict=True)]
+    assert same == [pool == 1] * 3
+    if pool == 1:  # all fixations are the caption's, so words' masses differ by their places alone, to the power 1.5
+        places = torch.nn.functional.interpolate(needed[:, None], size=(32, 32), mode="bilinear")[:, 0].numpy()
+        first, *others = ({(int(x // 4), int(y // 4)): mass for x, y, mass in word.fixations} for word in result)
+        for k, other in enumerate(others, 1):
+            shared = [point for point in first if point in other]
+            ratios = [other[x, y] / first[x, y] * (places[0, y, x] / places[k, y, x]) ** 1.5 for x, y in shared]
+            assert len(shared) > 20
+            np.testing.assert_allclose(ratios, ratios[0], rtol=0.02)
 
 
 def test_weights_that_are_not_finite_are_an_error(made):
