@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from captionfix.errors import DataError
+from captionfix.render.figure import FUNCTION_WORDS
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +65,13 @@ def read_lines(path: Path, images: Path) -> list[Captioned]:
 
 
 def _word_boxes(caption: dict[str, Any]) -> tuple[Boxes, ...]:
-    found: list[Boxes] = [()] * len(caption["words"])
+    """Of the words that name something: an article's evidence need not lie where its noun's does."""
+    words: list[str] = caption["words"]
+    found: list[Boxes] = [()] * len(words)
     for phrase in caption.get("phrases", ()):
         boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in phrase.get("boxes") or ())
         for k in range(*phrase["span"]):
-            found[k] = boxes
+            found[k] = () if words[k].lower() in FUNCTION_WORDS else boxes
     return tuple(found)
 
 
