@@ -15,6 +15,7 @@ from PIL import Image
 
 from captionfix.errors import CaptionfixError, OutputError
 from captionfix.explanation import read
+from captionfix.function_words import FUNCTION_WORDS
 from captionfix.ground_rows import Row, explained_rows, saved_rows
 from captionfix.images import read_image
 from captionfix.render import contact, figure
@@ -91,7 +92,7 @@ def browse(
         _point(entries, Path(regions))
     total = len(entries)
     if not function_words:
-        entries = [entry for entry in entries if entry.row["word"].lower() not in figure.FUNCTION_WORDS]
+        entries = [entry for entry in entries if entry.row["word"].lower() not in FUNCTION_WORDS]
     chosen = suspicious(entries, limit)
     target = Path(out) if out is not None else place / "browse.html"
     cards = [_card(entry, picture, target.parent) for entry, picture in _pictures(chosen)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from captionfix.errors import DataError
-from captionfix.render.figure import FUNCTION_WORDS
+from captionfix.function_words import FUNCTION_WORDS
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..captioners.captioner import Captioner
 from ..errors import DataError
+from ..function_words import FUNCTION_WORDS
 from ..images import read_image
-from ..render.figure import FUNCTION_WORDS
 from .boxes import Box, Mentions, bounds
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from captionfix import maps
 from captionfix.explanation import Explanation, Word
+from captionfix.function_words import FUNCTION_WORDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,14 +28,6 @@ COLOURS = "plasma"
 DRAWN = 0.03
 """Standard deviation of the Gaussian in pictures, a fraction of the CNN's input: wider than that of the maps which are
 measured (`captionfix.maps.SIGMA`), since an eye at some distance needs spots that it can see."""
-_LITTLE = (
-    "a an the some any this that these those its his her their my your our it he she they them him i you we who which "
-    "what of in on at by to from for with without into onto over under near up down out off through as and or but "
-    "while is are was were be been being am has have had do does did there not no so than very "
-    "<unk> <start> <end> unk . , ; : ! ? ' - \""
-)
-FUNCTION_WORDS = frozenset(_LITTLE.split())
-"""English words that name nothing to be seen; figures show them dimmed."""
 
 _OPAQUE = 0.8  # of the colour at the scale's top, so that even there the photograph's edges remain visible
 _RISE = 0.9  # alpha = _OPAQUE * value ** _RISE
