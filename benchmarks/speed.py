@@ -32,7 +32,7 @@ from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
-from captionfix.explain import METHODS, settle, unraveled
+from captionfix.explain import METHODS, Leg, settle, unraveled
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
@@ -98,8 +98,7 @@ def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_
     if encoded is None:
         parts = zip(pixels.split(1), legs, strict=True)
         return torch.cat([unraveled(map_to_pixels.encode(captioner, p), [leg], policy)[0] for p, leg in parts])
-    owner = torch.arange(len(pixels), device=pixels.device).repeat_interleave(len(caption.ids))
-    return torch.cat(unraveled(encoded, legs, policy, owner))
+    return torch.cat(unraveled(encoded, legs, policy, range(len(pixels))))
 
 
 def finished() -> None:
@@ -133,7 +132,7 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
             encoded = map_to_pixels.encode(captioner, pixels)
             features = encoded.features
             found = word_to_map.flow(captioner, features, caption, default)
-            evidence = METHODS["joined"](captioner, features, caption, found).evidence
+            leg = METHODS["joined"](captioner, features, caption, found)
             measured: dict[str, Callable[[], object]] = {
                 "caption": lambda: captioner.logits(pixels, tokens),
                 "encode": lambda: captioner.encode(pixels),
@@ -142,7 +141,7 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 "flow": lambda: word_to_map.flow(captioner, features, caption, default),
             }
             for name, policy in policies.items():
-                measured[f"unravel, {name}"] = lambda policy=policy: map_to_pixels.pixels(encoded, evidence, policy)
+                measured[f"unravel, {name}"] = lambda policy=policy: unraveled(encoded, [leg], policy)
             for name in [name for name in policies if name != "paper"]:
                 measured[f"all of it, {name}"] = lambda name=name: everything(
                     captioner, pixels, caption, policies[name]
@@ -160,11 +159,14 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 print(f"  {part:24} {value * 1000:9.1f} ms {value / seconds['caption']:9.2f} of captioning", flush=True)
 
 
-def evidence_on(features: Tensor, words: int) -> tuple[Tensor, Tensor]:
-    """Random evidence for each word of each image of a batch, and which image a word belongs to."""
-    spread = torch.rand(len(features), words, *features.shape[2:], device=features.device)
-    evidence = [map_to_pixels.channels(one, maps) for one, maps in zip(features, spread, strict=True)]
-    return torch.cat(evidence), torch.arange(len(features), device=features.device).repeat_interleave(words)
+def invented(features: Tensor, words: int, decoder: str) -> list[Leg]:
+    """Legs as the default's, with random evidence for each word of each image of a batch."""
+    places = torch.rand(len(features), words, *features.shape[2:], device=features.device)
+    common = 1.0 if decoder == "show-tell" else 0.5
+    return [
+        Leg(map_to_pixels.channels(one, place), place, common, even=0.3, power=1.5)
+        for one, place in zip(features, places, strict=True)
+    ]
 
 
 def curves(repeat: int) -> None:
@@ -183,9 +185,9 @@ def curves(repeat: int) -> None:
             policy = POLICIES[name]
             # as `explain` does: with full tables image by image, else all at once
             passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if policy.full else images)]
-            started = [(each, evidence_on(each.features, words)) for each in passes]
+            started = [(each, invented(each.features, words, "attention")) for each in passes]
             measured[name] = lambda started=started, policy=policy: [
-                map_to_pixels.pixels(each, evidence, policy, owner) for each, (evidence, owner) in started
+                unraveled(each, legs, policy, range(len(legs))) for each, legs in started
             ]
         with torch.inference_mode():
             seconds = in_turn(measured, repeat)
@@ -221,9 +223,9 @@ def batch(names: list[str], policies: list[str], repeat: int, images: int, devic
                 policy = POLICIES[name]
                 step = 1 if policy.full else images
                 passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(step)]
-                started = [(each, evidence_on(each.features, 10)) for each in passes]
+                started = [(each, invented(each.features, 10, decoder)) for each in passes]
                 measured[f"unravel, {name}"] = lambda started=started, policy=policy: [
-                    map_to_pixels.pixels(each, evidence, policy, owner) for each, (evidence, owner) in started
+                    unraveled(each, legs, policy, range(len(legs))) for each, legs in started
                 ]
                 measured[f"all of it, {name}"] = lambda policy=policy: everything(captioner, pixels, caption, policy)
             maps, options = methods.resolve("gradcam")

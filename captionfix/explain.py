@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ALTERNATIVES = 5
+ONCE = 5
+"""Times as many neurons as a word may hold, for evidence of a whole caption that is unraveled once."""
 
 
 class Leg(NamedTuple):
@@ -44,7 +46,8 @@ class Leg(NamedTuple):
     Attributes:
         evidence: (n, F, h, w) at the feature map's neurons, every word's sum 1 (or 0).
         place: (n, h, w), the evidence by which fixations count at their own place; None: they count as they are.
-        common: part of a word's fixations that are the caption's (`map_to_pixels.agreeing`).
+        common: part of a word's fixations that are the caption's (`map_to_pixels.agreeing`); where all are, they are
+            unraveled once, from the mean of the words' evidence.
         even: part of a word's evidence that is not followed further than its cells.
         power: of the place's evidence.
     """
@@ -291,7 +294,6 @@ def explain_ids(
     words: list[list[Word]] = [[] for _ in given]
     legs: list[Leg] = []
     masses: list[Tensor] = []
-    owner: list[int] = []
     for i, caption in captions_of.items():
         mine = features[i : i + 1]
         if settings.leg is not None:
@@ -304,10 +306,9 @@ def explain_ids(
             at_map = normalised(
                 torch.nn.functional.adaptive_avg_pool2d(made_maps, (features.shape[2], features.shape[3]))
             )
-        owner += [i] * len(caption.ids)
         words[i] = _words(captioner, mine, caption, found.get(i), at_map)
     if legs and encoded is not None:
-        masses = unraveled(encoded, legs, settings.policy, torch.tensor(owner, device=pixels.device))
+        masses = unraveled(encoded, legs, settings.policy, list(captions_of))
     elif legs:
         for i, leg in zip(captions_of, legs, strict=True):
             masses += unraveled(map_to_pixels.encode(captioner, pixels[i : i + 1]), [leg], settings.policy)
@@ -330,23 +331,34 @@ def explain_ids(
 
 
 def unraveled(
-    encoded: map_to_pixels.Encoded, legs: Sequence[Leg], policy: Policy, owner: Tensor | None = None
+    encoded: map_to_pixels.Encoded, legs: Sequence[Leg], policy: Policy, images: Sequence[int] = (0,)
 ) -> list[Tensor]:
     """What first legs found, on the pixels: (n, 1 or 2, H, W) for each: fixations, and what lies evenly.
 
     Args:
         encoded: the recorded pass.
         legs: of a caption each.
-        policy: what the engine keeps.
-        owner: (n of all legs,) which image of the batch a word belongs to; None: the first.
+        policy: what the engine keeps; of what a whole caption shares `ONCE` times as many neurons as of a word.
+        images: which image of the batch each is of.
     """
-    mass, _ = map_to_pixels.pixels(encoded, torch.cat([leg.evidence for leg in legs]), policy, owner)
-    parts = mass.split([len(leg.evidence) for leg in legs])
+    if policy.mass == "set":  # as published: they stay as they are
+        legs = [leg._replace(place=None) for leg in legs]
+    once = [leg.place is not None and leg.common == 1 for leg in legs]
+    if any(once) and policy.neurons is not None:
+        policy = replace(policy, neurons=ONCE * policy.neurons)
+    present = [leg.evidence.flatten(1).sum(1) > 0 for leg in legs]
+    rows = [
+        leg.evidence.sum(0, keepdim=True) / words.sum().clamp_min(1) if alike else leg.evidence
+        for leg, words, alike in zip(legs, present, once, strict=True)
+    ]
+    counts = [len(row) for row in rows]
+    owner = torch.tensor([image for image, count in zip(images, counts, strict=True) for _ in range(count)])
+    mass, _ = map_to_pixels.pixels(encoded, torch.cat(rows), policy, owner.to(encoded.features.device))
     return [
         part[:, None]
-        if leg.place is None or policy.mass == "set"  # as published: they stay as they are
-        else map_to_pixels.agreeing(part, leg.place, leg.common, leg.even, leg.power)
-        for part, leg in zip(parts, legs, strict=True)
+        if leg.place is None
+        else map_to_pixels.agreeing(part * words[:, None, None], leg.place, leg.common, leg.even, leg.power)
+        for part, leg, words in zip(mass.split(counts), legs, present, strict=True)
     ]
 
 

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import captionfix
+from captionfix import map_to_pixels
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
-from captionfix.explain import settle
+from captionfix.explain import ONCE, Leg, settle, unraveled
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
 
@@ -330,6 +331,35 @@ def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(ma
             ratios = [other[x, y] / first[x, y] * (places[0, y, x] / places[k, y, x]) ** 1.5 for x, y in shared]
             assert len(shared) > 20
             np.testing.assert_allclose(ratios, ratios[0], rtol=0.02)
+
+
+@pytest.mark.parametrize("policy", ["marginal", "fast"])
+def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner, policy):
+    """Where all is kept, by linearity; with a budget it is the evidence's mean, followed with as many neurons."""
+    policy = Policy.named(policy)
+    pictures = [scene(i, split="test").image for i in (6, 7)]
+    pixels = torch.stack([captioner.prepare(Image.fromarray(each)).pixels for each in pictures])
+    encoded = map_to_pixels.encode(captioner, pixels)
+    height, width = encoded.features.shape[2:]
+    places = torch.rand(2, 3, height, width) ** 8
+    places[0, 1] = 0  # a word that nothing is known of
+    places /= places.sum((2, 3), keepdim=True).clamp_min(1e-9)
+    legs = [
+        Leg(map_to_pixels.channels(features, place), place, common=1.0, even=0.2, power=1.5)
+        for features, place in zip(encoded.features, places, strict=True)
+    ]
+    together = unraveled(encoded, legs, policy, [0, 1])
+    for i, (leg, found) in enumerate(zip(legs, together, strict=True)):
+        known = leg.evidence.sum((1, 2, 3)) > 0
+        if policy.neurons is None:
+            mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known], policy, torch.full((int(known.sum()),), i))
+        else:
+            more = Policy(neurons=ONCE * policy.neurons)
+            mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known].mean(0, keepdim=True), more, torch.tensor([i]))
+        fixations = mass.mean(0) * torch.ones(len(known), 1, 1) * known[:, None, None]
+        expected = map_to_pixels.agreeing(fixations, leg.place, even=0.2, power=1.5)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+        assert ((found.sum((1, 2, 3)) > 0) == known).all()
 
 
 def test_weights_that_are_not_finite_are_an_error(made):

@@ -69,24 +69,27 @@ def move(operation: Operation, number: int, field: Field, policy: Policy) -> tup
     assert out is not None
     x, weight = slot.read(), operation.args[1].read()
     forward, transpose = _both_ways(operation, slot)
-    signals = [(0, 1, x.clamp_min(0))]
+    signals = [(0, x.clamp_min(0))]
     if bool((x < 0).any()):
-        signals.append((1, -1, x.clamp_max(0)))
+        signals.append((1, x.clamp_max(0)))
+    wanted = {row ^ turned for row, _ in signals for turned, _, _ in field}
+    taps = {sign: weight.clamp_max(0) if sign else weight.clamp_min(0) for sign in wanted}
+    if policy.mass == "set":
+        signals = [(row, signal.ne(0).to(x.dtype)) for row, signal in signals]
+        taps = {sign: part.ne(0).to(x.dtype) for sign, part in taps.items()}
     gains, lost = Field(), None
-    for _, direction, mass in field:
+    for turned, direction, mass in field:
         # contributions that agree: signs of signal and weight alike for direction +1, unlike for -1
-        pairs = [
-            (row, signal, (weight * (direction * towards)).clamp_min(0) * towards) for row, towards, signal in signals
-        ]
-        if policy.mass == "set":
-            pairs = [(row, signal.ne(0).to(x.dtype), taps.ne(0).to(x.dtype)) for row, signal, taps in pairs]
-        total = sum((forward(signal, taps).reshape(-1) for _, signal, taps in pairs), x.new_zeros(out.numel))
+        pairs = [(row, signal, taps[row ^ turned]) for row, signal in signals]
+        total = sum((forward(signal, part).reshape(-1) for _, signal, part in pairs), x.new_zeros(out.numel))
+        total *= 1 if policy.mass == "set" else direction
         agrees = total > 0
-        ratio = mass * torch.where(agrees, 1 / total.clamp_min(torch.finfo(total.dtype).tiny), 0)
+        ratio = torch.where(agrees, 1 / total.clamp_min(torch.finfo(total.dtype).tiny), 0)
+        ratio = mass * (ratio if policy.mass == "set" else ratio * direction)
         ended = mass @ (~agrees).to(mass.dtype)
         lost = ended if lost is None else lost + ended
-        for row, signal, taps in pairs:
-            back = transpose(ratio.view(-1, *out.shape), taps).reshape(len(ratio), -1)
+        for row, signal, part in pairs:
+            back = transpose(ratio.view(-1, *out.shape), part).reshape(len(ratio), -1)
             back *= signal.reshape(-1)
             known = gains.parts[row]
             gains.parts[row] = back if known is None else known.add_(back)

@@ -43,6 +43,7 @@ class Rule:
             positions of the arguments that it looks at (keyword arguments always).
         expansion: the equations that are walked instead of the operation, where there is no function.
         equations: the equations that are walked instead of the function where everything is kept.
+        tables: says the same of full tables, all neurons at once, where it can (see `register_tables`).
         pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements, all mass with
             them; or a function that says so of an operation.
     """
@@ -52,11 +53,16 @@ class Rule:
     reads: bool | frozenset[int] = True
     pointwise: bool | Callable[[Any], bool] = False
     equations: Callable[..., Any] | None = None
+    tables: Tables | None = None
 
     def is_pointwise(self, operation: Any) -> bool:
         """Whether this operation hands each neuron's mass to one element of its own."""
         return self.pointwise if isinstance(self.pointwise, bool) else self.pointwise(operation)
 
+
+Tables = Callable[[Any, int, Tensor, int, Any], "list[tuple[Any, int, Tensor]] | None"]
+"""(operation, output, (words, elements) mass, its direction, policy) -> for each input that gets some the slot, the
+direction there and (words, elements) mass on all of its elements; None where the rule must be asked after all."""
 
 RULES: dict[str, Rule] = {}
 
@@ -103,6 +109,20 @@ def register_equations(*names: str) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             RULES[name] = replace(RULES[name], equations=function)
+        find.cache_clear()
+        return function
+
+    return decorate
+
+
+def register_tables(*names: str) -> Callable[[Tables], Tables]:
+    """Registers, for operations that have a rule, a function that moves full tables without looking up each neuron. It
+    must say the same as the rule; mass that it hands to no input is the bias's.
+    """
+
+    def decorate(function: Tables) -> Tables:
+        for name in names:
+            RULES[name] = replace(RULES[name], tables=function)
         find.cache_clear()
         return function
 

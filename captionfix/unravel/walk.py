@@ -348,6 +348,12 @@ def _walk_dense(
                 if same is not None:
                     fields.add(same, row, mass)
                     continue
+                parts = rule.tables(operation, number, mass, direction, policy) if rule.tables is not None else None
+                if parts is not None:
+                    account.bias += (mass.sum(1) - sum(part.sum(1) for _, _, part in parts)).clamp_min(0)
+                    for into, turned, part in parts:
+                        fields.add(into, 0 if turned > 0 else 1, part)
+                    continue
                 held = mass.sum(0) > 0
                 if 4 * int(held.sum()) > len(held):  # so many that it is cheaper not to choose them
                     neurons = torch.arange(len(held), device=mass.device)

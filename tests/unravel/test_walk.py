@@ -187,6 +187,33 @@ def test_everything_kept_is_the_same_dense_and_sparse(layer, mass):
             torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("mass", ["share", "set"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x.tanh() + x.flip(2),
+        lambda x: torch.sub(x, x.flip(1), alpha=0.3),
+        lambda x: torch.rsub(x, x.flip(1), alpha=-2),
+        lambda x: x.add_(x.flip(3)) - 1,
+        lambda x: 1 - x,
+        lambda x: x.transpose(2, 3) + x[:, :, :6, :6].transpose(2, 3),
+        lambda x: x + x[:, :1].flip(2),
+        lambda x: x.relu() + x.clamp_max(-1).relu(),
+        lambda x: F.pad(x.tanh(), (1, 2, 0, 3)),
+        lambda x: F.pad(x.transpose(2, 3), (2, -1, -2, 1, 1, 0)),
+        lambda x: F.pad(x.tanh(), (1, 2, 0, 1), mode="reflect"),
+    ],
+    ids=["add", "sub", "rsub", "in place", "from one", "strided", "broadcast", "no agreement", "pad", "cut", "reflect"],
+)
+def test_full_tables_are_the_same_as_neuron_by_neuron(run, mass):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    elements = torch.randperm(run(x.clone()).numel())[:60]
+    few = Policy(sums=None, convolutions=None, neurons=10**6, mass=mass)  # a budget, so that tables are sparse
+    tables = on_input(run, x, elements, Policy(sums=None, convolutions=None, neurons=None, mass=mass))
+    for whole, sparse in zip(tables, on_input(run, x, elements, few), strict=True):
+        torch.testing.assert_close(whole, sparse, atol=1e-12, rtol=1e-9)
+
+
 def test_full_tables_on_deep_maps_hold_what_everything_kept_holds_there():
     """And nearer to the image, where maps are larger, only few are kept."""
     network = nn.Sequential(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy
-from ..registry import Link, register
+from ..registry import Link, register, register_tables
 from ..trace import Operation, Slot
 from .common import coordinates, ravel, same
 from .pointwise import MASKS
@@ -145,6 +145,18 @@ def padded(op: Operation, output: int, neurons: Tensor, direction: Tensor, polic
     inside = torch.stack([(at >= 0) & (at < extent) for at, extent in pairs]).all(0)
     element = torch.where(inside, ravel(where, slot.shape), 0)
     return [Link(slot, element[:, None], inside.to(direction.dtype)[:, None], direction[:, None])]
+
+
+@register_tables("pad", "constant_pad_nd")
+def unpadded(
+    op: Operation, output: int, mass: Tensor, direction: int, policy: Policy
+) -> list[tuple[Slot, int, Tensor]] | None:
+    out = op.outputs[output]
+    assert out is not None
+    if op.name == "pad" and op.argument(2, "mode", "constant") != "constant":
+        return None
+    back = torch.nn.functional.pad(mass.view(-1, *out.shape), [-width for width in op.argument(1, "pad")])
+    return [(op.args[0], direction, back.flatten(1))]
 
 
 def _origin(op: Operation) -> tuple[list[Slot], list[Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..policy import Policy, split
-from ..registry import Link, register
+from ..registry import Link, register, register_tables
 from ..trace import Operation, Slot
 from .common import broadcast, chunks, concatenated, coordinates, ravel, same, sign
 from .pointwise import is_gate
@@ -120,13 +120,7 @@ def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: 
     """Two terms; a term that depends on no input is the bias."""
     out = op.outputs[output]
     assert out is not None
-    alpha = op.kwargs.get("alpha", 1)
-    factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[op.name]
-    terms = [
-        (a, f)
-        for a, f in zip((op.args[0], op.argument(1, "other")), factors, strict=True)
-        if isinstance(a, Slot) and a.value.variable
-    ]
+    terms = _terms(op)
     elements = [broadcast(neurons, out.shape, slot.shape) for slot, _ in terms]
     if len(terms) == 1:
         slot, factor = terms[0]
@@ -138,6 +132,36 @@ def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: 
         Link(slot, e[:, None], shares[:, i : i + 1], (direction if f > 0 else -direction)[:, None])
         for i, ((slot, f), e) in enumerate(zip(terms, elements, strict=True))
     ]
+
+
+def _terms(op: Operation) -> list[tuple[Slot, float]]:
+    """Those that depend on an input, each with its factor."""
+    alpha = op.kwargs.get("alpha", 1)
+    factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[op.name]
+    return [
+        (a, f)
+        for a, f in zip((op.args[0], op.argument(1, "other")), factors, strict=True)
+        if isinstance(a, Slot) and a.value.variable
+    ]
+
+
+@register_tables("add", "sub", "rsub")
+def added(
+    op: Operation, output: int, mass: Tensor, direction: int, policy: Policy
+) -> list[tuple[Slot, int, Tensor]] | None:
+    out, terms = op.outputs[output], _terms(op)
+    assert out is not None
+    if policy.sums == 1 or policy.opposed == "input" or any(slot.shape != out.shape for slot, _ in terms):
+        return None
+    towards = [direction if factor > 0 else -direction for _, factor in terms]
+    if len(terms) == 1:
+        return [(terms[0][0], towards[0], mass)]
+    agree = [(slot.read() * (factor * direction)).clamp_min(0).reshape(-1) for slot, factor in terms]
+    if policy.mass == "set":
+        agree = [part.ne(0).to(part.dtype) for part in agree]
+    total = agree[0] + agree[1]
+    whole = total.clamp_min(torch.finfo(total.dtype).tiny)
+    return [(slot, to, mass * (part / whole)) for (slot, _), to, part in zip(terms, towards, agree, strict=True)]
 
 
 @register("sum", "mean", "nansum")
