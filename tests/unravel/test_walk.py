@@ -202,8 +202,16 @@ def test_everything_kept_is_the_same_dense_and_sparse(layer, mass):
         lambda x: F.pad(x.tanh(), (1, 2, 0, 3)),
         lambda x: F.pad(x.transpose(2, 3), (2, -1, -2, 1, 1, 0)),
         lambda x: F.pad(x.tanh(), (1, 2, 0, 1), mode="reflect"),
+        lambda x: F.avg_pool2d(x.tanh(), 3, 2, 1),
+        lambda x: F.avg_pool2d(x.transpose(2, 3), (2, 3), ceil_mode=True),
+        lambda x: F.avg_pool2d(x[0].relu(), 2, 1),
+        lambda x: torch.cat([x, torch.ones(2, 1, 6, 6).double(), x.tanh(), x[:, 1:3]], 1),
+        lambda x: torch.cat([x.transpose(0, 1), torch.zeros(0).double(), x.transpose(0, 1)]),
     ],
-    ids=["add", "sub", "rsub", "in place", "from one", "strided", "broadcast", "no agreement", "pad", "cut", "reflect"],
+    ids=[
+        *("add", "sub", "rsub", "in place", "from one", "strided", "broadcast", "no agreement", "pad", "cut"),
+        *("reflect", "average", "average to the edge", "average of one", "cat", "cat with nothing"),
+    ],
 )
 def test_full_tables_are_the_same_as_neuron_by_neuron(run, mass):
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)

@@ -124,6 +124,20 @@ for _name, _signals in _SIGNALS.items():
         register(_name, reads=[i for i in range(10) if i not in _signals])(moved)
 
 
+@register_tables("cat")
+def parted(
+    op: Operation, output: int, mass: Tensor, direction: int, policy: Policy
+) -> list[tuple[Slot, int, Tensor]] | None:
+    slots, out = op.args[0], op.outputs[output]
+    assert out is not None
+    if any(len(slot.shape) != len(out.shape) for slot in slots):  # an empty one may have any shape
+        return None
+    axis = op.argument(1, "dim", 0) % len(out.shape)
+    parts = mass.view(-1, *out.shape).split([slot.shape[axis] for slot in slots], axis + 1)
+    pairs = zip(slots, parts, strict=True)
+    return [(slot, direction, part.flatten(1)) for slot, part in pairs if slot.value.variable]
+
+
 def _adds_nothing(op: Operation) -> bool:
     """Whether a padding has no width: some models pad before every convolution, needed or not."""
     return not any(op.argument(1, "pad"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy
-from ..registry import Link, register
+from ..registry import Link, register, register_tables
 from ..trace import Operation, Slot
 from .common import chunks, concatenated, coordinates, ravel, same
 from .convolution import Geometry, each, window
@@ -50,6 +50,26 @@ def max_pool(op: Operation, output: int, neurons: Tensor, direction: Tensor, pol
 def average_pool(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     slot, index = _pooled(op, output, neurons)
     return [weighted(slot, index, None, direction, policy.sums, policy)]
+
+
+@register_tables("avg_pool2d")
+def averaged(
+    op: Operation, output: int, mass: Tensor, direction: int, policy: Policy
+) -> list[tuple[Slot, int, Tensor]] | None:
+    slot, out = op.args[0], op.outputs[output]
+    assert out is not None
+    if policy.sums is not None or policy.opposed == "input":
+        return None
+    agree = (slot.read() * direction).clamp_min(0)
+    if policy.mass == "set":
+        agree = agree.ne(0).to(agree.dtype)
+    kernel = each(op.argument(1, "kernel_size"), 2)
+    stride, padding = each(op.argument(2, "stride") or kernel, 2), each(op.argument(3, "padding", 0), 2)
+    geometry = kernel, stride, padding, bool(op.argument(4, "ceil_mode", False)), True, 1  # divided by 1: plain sums
+    total = torch.ops.aten.avg_pool2d(agree, *geometry).reshape(-1)
+    ratio = torch.where(total > 0, mass / total, 0).view(-1, *out.shape[-3:])
+    back = torch.ops.aten.avg_pool2d_backward(ratio, ratio.new_empty(len(ratio), *slot.shape[-3:]), *geometry)
+    return [(slot, direction, back.reshape(len(mass), -1) * agree.reshape(-1))]
 
 
 @register(
