@@ -169,8 +169,8 @@ def invented(features: Tensor, words: int, decoder: str) -> list[Leg]:
     ]
 
 
-def curves(repeat: int) -> None:
-    captioner = build("MobileNetV2", "attention")
+def curves(decoder: str, repeat: int) -> None:
+    captioner = build("MobileNetV2", decoder)
     settings = [
         *((words, 1, 224) for words in (1, 2, 5, 10, 20, 40)),
         *((10, images, 224) for images in (4, 16, 32)),
@@ -185,7 +185,7 @@ def curves(repeat: int) -> None:
             policy = POLICIES[name]
             # as `explain` does: with full tables image by image, else all at once
             passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if policy.full else images)]
-            started = [(each, invented(each.features, words, "attention")) for each in passes]
+            started = [(each, invented(each.features, words, decoder)) for each in passes]
             measured[name] = lambda started=started, policy=policy: [
                 unraveled(each, legs, policy, range(len(legs))) for each, legs in started
             ]
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--slow", action="store_true", help="integrated gradients with 50 steps too (minutes)")
     parser.add_argument("--cnn", choices=CNNS, help="only this one")
+    parser.add_argument("--decoder", choices=DECODERS, default=DECODERS[0], help="for curves")
     parser.add_argument("--what", choices=["caption", *POLICIES], default="default", help="for peak")
     parser.add_argument("--policies", default="fast,default", help="for batch")
     parser.add_argument("--images", type=int, default=16, help="for batch")
@@ -292,7 +293,7 @@ def main() -> None:
     if options.table == "parts":
         parts([options.cnn] if options.cnn else list(CNNS), options.repeat, options.slow)
     elif options.table == "curves":
-        curves(options.repeat)
+        curves(options.decoder, options.repeat)
     elif options.table == "batch":
         batch(
             [options.cnn] if options.cnn else list(CNNS),

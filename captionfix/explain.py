@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ALTERNATIVES = 5
 ONCE = 5
-"""Times as many neurons as a word may hold, for evidence of a whole caption that is unraveled once."""
+"""For how many words' worth of neurons there is room where evidence of a whole caption is unraveled once."""
 
 
 class Leg(NamedTuple):
@@ -338,14 +338,15 @@ def unraveled(
     Args:
         encoded: the recorded pass.
         legs: of a caption each.
-        policy: what the engine keeps; of what a whole caption shares `ONCE` times as many neurons as of a word.
+        policy: what the engine keeps; of what a whole caption shares as many neurons as of all its words, at most of
+            `ONCE`.
         images: which image of the batch each is of.
     """
     if policy.mass == "set":  # as published: they stay as they are
         legs = [leg._replace(place=None) for leg in legs]
     once = [leg.place is not None and leg.common == 1 for leg in legs]
     if any(once) and policy.neurons is not None:
-        policy = replace(policy, neurons=ONCE * policy.neurons)
+        policy = replace(policy, neurons=policy.neurons * min(ONCE, max(len(leg.evidence) for leg in legs)))
     present = [leg.evidence.flatten(1).sum(1) > 0 for leg in legs]
     rows = [
         leg.evidence.sum(0, keepdim=True) / words.sum().clamp_min(1) if alike else leg.evidence

@@ -114,21 +114,44 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, even: float = 0.0
         (n, 2, H, W): the fixations, and what lies evenly (n, 1, H, W without that); together a word has the mass that
         it had.
     """
-    before = mass.sum((1, 2), keepdim=True)
+    height, width = mass.shape[1:]
+    at = torch.nonzero(mass.any(0).flatten())[:, 0]  # few pixels: what lies nowhere need not be weighed
+    held = mass.flatten(1)[:, at]
+    before = held.sum(1, keepdim=True)
     if common:
-        present = before[:, 0, 0] > 0
-        whole = (mass[present] / before[present]).sum(0) / max(1, int(present.sum()))
-        mass = (1 - common) * mass + common * before * whole
-    both = torch.stack([(1 - even) * mass, even * before * _lattice(mass)], 1) if even else mass[:, None]
-    weights = torch.nn.functional.interpolate(place[:, None], size=mass.shape[1:], mode="bilinear") ** power
-    weighed, before = both * weights, before[:, None]
-    after = weighed.sum((1, 2, 3), keepdim=True)
-    return torch.where(after > 0, weighed * (before / after.clamp_min(torch.finfo(mass.dtype).tiny)), both)
+        present = before[:, 0] > 0
+        whole = (held[present] / before[present]).sum(0) / max(1, int(present.sum()))
+        held = (1 - common) * held + common * before * whole
+    parts = [(at, held)]
+    if even:
+        points = _lattice(height, width).to(mass.device)
+        parts = [(at, (1 - even) * held), (points, even * before / len(points) * torch.ones_like(points))]
+    weighed = [part * _taken(place, pixels, height, width) ** power for pixels, part in parts]
+    after = sum((part.sum(1, keepdim=True) for part in weighed), torch.zeros_like(before))
+    scale = before / after.clamp_min(torch.finfo(mass.dtype).tiny)
+    result = mass.new_zeros(len(mass), len(parts), height * width)
+    for k, ((pixels, part), own) in enumerate(zip(parts, weighed, strict=True)):
+        result[:, k, pixels] = torch.where(after > 0, own * scale, part)
+    return result.unflatten(2, (height, width))
 
 
-def _lattice(mass: Tensor) -> Tensor:
-    """(H, W), sum 1: points that a map's Gaussian smooths to an even surface."""
-    points = torch.zeros_like(mass[0])
-    down, across = (max(1, round(SPACING * side)) for side in points.shape)
-    points[down // 2 :: down, across // 2 :: across] = 1
-    return points / points.sum()
+def _taken(place: Tensor, pixels: Tensor, height: int, width: int) -> Tensor:
+    """(n, h, w) tables of cells, bilinearly at K pixels of a larger picture: (n, K)."""
+    row, column = pixels.div(width, rounding_mode="floor"), pixels.remainder(width)
+    kind = torch.promote_types(place.dtype, torch.float32)  # 16 bits are too few to say which pixel
+    spot = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], 1).to(kind)
+    found = torch.nn.functional.grid_sample(
+        place[:, None].to(kind),
+        spot.expand(len(place), 1, -1, -1),
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return found[:, 0, 0].to(place.dtype)
+
+
+def _lattice(height: int, width: int) -> Tensor:
+    """Pixels of a picture that a map's Gaussian smooths to an even surface."""
+    down, across = (max(1, round(SPACING * side)) for side in (height, width))
+    rows, columns = torch.arange(down // 2, height, down), torch.arange(across // 2, width, across)
+    return (rows[:, None] * width + columns).flatten()

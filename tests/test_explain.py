@@ -12,7 +12,7 @@ from PIL import Image
 import captionfix
 from captionfix import map_to_pixels
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
-from captionfix.explain import ONCE, Leg, settle, unraveled
+from captionfix.explain import Leg, settle, unraveled
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
 
@@ -335,7 +335,7 @@ def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(ma
 
 @pytest.mark.parametrize("policy", ["marginal", "fast"])
 def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner, policy):
-    """Where all is kept, by linearity; with a budget it is the evidence's mean, followed with as many neurons."""
+    """Where all is kept, by linearity; with a budget it is the evidence's mean, followed with all words' neurons."""
     policy = Policy.named(policy)
     pictures = [scene(i, split="test").image for i in (6, 7)]
     pixels = torch.stack([captioner.prepare(Image.fromarray(each)).pixels for each in pictures])
@@ -354,7 +354,7 @@ def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner
         if policy.neurons is None:
             mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known], policy, torch.full((int(known.sum()),), i))
         else:
-            more = Policy(neurons=ONCE * policy.neurons)
+            more = Policy(neurons=3 * policy.neurons)
             mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known].mean(0, keepdim=True), more, torch.tensor([i]))
         fixations = mass.mean(0) * torch.ones(len(known), 1, 1) * known[:, None, None]
         expected = map_to_pixels.agreeing(fixations, leg.place, even=0.2, power=1.5)
