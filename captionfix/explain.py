@@ -349,8 +349,8 @@ def unraveled(
         policy = replace(policy, neurons=policy.neurons * min(ONCE, max(len(leg.evidence) for leg in legs)))
     present = [leg.evidence.flatten(1).sum(1) > 0 for leg in legs]
     rows = [
-        leg.evidence.sum(0, keepdim=True) / words.sum().clamp_min(1) if alike else leg.evidence
-        for leg, words, alike in zip(legs, present, once, strict=True)
+        leg.evidence.sum(0, keepdim=True) / known.sum().clamp_min(1) if alike else leg.evidence
+        for leg, known, alike in zip(legs, present, once, strict=True)
     ]
     counts = [len(row) for row in rows]
     owner = torch.tensor([image for image, count in zip(images, counts, strict=True) for _ in range(count)])
@@ -358,8 +358,8 @@ def unraveled(
     return [
         part[:, None]
         if leg.place is None
-        else map_to_pixels.agreeing(part * words[:, None, None], leg.place, leg.common, leg.even, leg.power)
-        for part, leg, words in zip(mass.split(counts), legs, present, strict=True)
+        else map_to_pixels.agreeing(part * known[:, None, None], leg.place, leg.common, leg.even, leg.power)
+        for part, leg, known in zip(mass.split(counts), legs, present, strict=True)
     ]
 
 

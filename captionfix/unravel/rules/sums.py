@@ -156,7 +156,7 @@ def added(
     towards = [direction if factor > 0 else -direction for _, factor in terms]
     if len(terms) == 1:
         return [(terms[0][0], towards[0], mass)]
-    agree = [(slot.read() * (factor * direction)).clamp_min(0).reshape(-1) for slot, factor in terms]
+    agree = [(slot.read().to(mass.dtype) * (factor * direction)).clamp_min(0).reshape(-1) for slot, factor in terms]
     if policy.mass == "set":
         agree = [part.ne(0).to(part.dtype) for part in agree]
     total = agree[0] + agree[1]
