@@ -153,7 +153,7 @@ def train_scenes(
         dropout=0.0,
         max_words=longest + 4,
         # its attention points at objects, so the flow alone finds them best (docs/method.md)
-        explain={"method": "flow", "policy": "fast"} if family == "show-attend-tell" else None,
+        explain={"method": "flow", "policy": {"full": 0, "neurons": 200}} if family == "show-attend-tell" else None,
     )
     run = Run(model, tokenizer, SIDE, place, half=half, check=lambda c: str(score_scenes(c, 200)))
     encoded = encode_captions(tokenizer, [[caption] for caption in captions], longest)
@@ -290,7 +290,7 @@ def train_images(
     at_least: int = 5,
     max_words: int = 20,
     beam_length_power: float = 0.5,
-    dropout: float = 0.5,
+    dropout: float | None = None,
     label_smoothing: float = 0.1,
     precision: Precision = "float32",
     workers: int = 0,
@@ -325,7 +325,7 @@ def train_images(
         at_least: a word must occur so often to be in the vocabulary.
         max_words: longer captions are cut.
         beam_length_power: see `CaptionerConfig`.
-        dropout: see `CaptionerConfig`.
+        dropout: see `CaptionerConfig`; None: 0.5, or with ``start`` what that was trained with.
         label_smoothing: see `CaptionerConfig`.
         precision: "float32", or mixed "bf16" or "fp16".
         workers: processes that read photographs ahead in the second stage, so that a GPU need not wait; 0: none.
@@ -352,6 +352,8 @@ def train_images(
     if start is not None:
         model, tokenizer = _started(start, size, seed)
         max_words = model.config.max_words
+        if dropout is not None:
+            model.config.dropout = model.decoder.drop.p = dropout
     else:
         tokenizer = word_tokenizer(vocabulary((c for entry in examples for c in entry.captions), at_least))
         config, weights = _pretrained_cnn(cnn)
@@ -365,7 +367,7 @@ def train_images(
             hidden_size=hidden,
             value_size=hidden,
             attention_size=hidden,
-            dropout=dropout,
+            dropout=0.5 if dropout is None else dropout,
             label_smoothing=label_smoothing,
             tie_words=True,
             frozen_norms=True,

@@ -41,6 +41,7 @@ Size = Annotated[int, typer.Option(help="Side of the square that photographs are
 Rate = Annotated[float, typer.Option(help="Highest learning rate of the first stage.")]
 Epochs = Annotated[float, typer.Option(help="Passes of the decoder over the CNN's kept features.")]
 TuneEpochs = Annotated[float, typer.Option(help="Passes of everything, end to end.")]
+TuneRate = Annotated[float, typer.Option(help="Highest learning rate of the decoder in the second stage.")]
 CnnRate = Annotated[float, typer.Option(help="Highest learning rate of the CNN in the second stage.")]
 Crop = Annotated[float, typer.Option(help="Second stage: cut to this part of either side at least, at random; 1: no.")]
 RegionLoss = Annotated[
@@ -48,6 +49,9 @@ RegionLoss = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Second stage: processes that read photographs ahead.")]
 Batch = Annotated[int, typer.Option(help="Images a step and process.")]
+Dropout = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share dropped; default 0.5, or with --start as that was trained.")
+]
 Hidden = Annotated[int, typer.Option(help="Units of the LSTM.")]
 AtLeast = Annotated[int, typer.Option(help="A word must occur so often to be in the vocabulary.")]
 
@@ -94,11 +98,13 @@ def photos(
     tune_epochs: TuneEpochs = 2,
     batch: Batch = 32,
     rate: Rate = 1e-3,
+    tune_rate: TuneRate = 3e-4,
     cnn_rate: CnnRate = 1e-4,
     crop: Crop = 1.0,
     region_loss: RegionLoss = 0.0,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
+    dropout: Dropout = None,
     precision: PrecisionOption = Precision.float32,
     workers: Workers = 0,
     seed: Seed = 0,
@@ -126,10 +132,12 @@ def coco(
     tune_epochs: TuneEpochs = 2,
     batch: Batch = 32,
     rate: Rate = 1e-3,
+    tune_rate: TuneRate = 3e-4,
     cnn_rate: CnnRate = 1e-4,
     crop: Crop = 1.0,
     hidden: Hidden = 512,
     at_least: AtLeast = 5,
+    dropout: Dropout = None,
     precision: PrecisionOption = Precision.float32,
     workers: Workers = 0,
     seed: Seed = 0,

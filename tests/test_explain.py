@@ -136,9 +136,9 @@ def test_methods_and_policies_point_at_the_objects(captioner, method, policy):
 def test_a_captioner_brings_its_own_setting(captioner, made):
     own, named, alike = (
         captionfix.explain(captioner, made.image, caption=made.caption, **options)
-        for options in ({}, {"method": "joined"}, {"method": "flow:policy=fast"})
+        for options in ({}, {"method": "joined"}, {"method": "flow", "policy": Policy(neurons=200)})
     )
-    assert (own.method, own.policy) == ("flow", Policy.named("fast").as_dict())  # models/scenes/config.json
+    assert (own.method, own.policy) == ("flow", alike.policy)  # models/scenes/config.json
     assert (named.method, named.policy) == ("joined", Policy.named("default").as_dict())
     for word, other in zip(own, alike, strict=True):
         np.testing.assert_array_equal(word.fixations, other.fixations)

@@ -378,6 +378,19 @@ def test_a_captioner_goes_on_learning_on_larger_images(data, cnn, tmp_path):
         assert same == (name.startswith("encoder.") or not weight.is_floating_point()), name
 
 
+def test_what_is_dropped_can_change_on_the_way(data, cnn, tmp_path):
+    options = {**TINY, "epochs": 1, "tune_epochs": 0, "half": False}
+    first = train_photos(data, tmp_path / "first", cnn=cnn, **options)
+    models = []
+    for number, dropout in enumerate((None, 0.5, 0.0)):
+        model = load(train_photos(data, tmp_path / str(number), start=first, dropout=dropout, **options)).model
+        assert model.config.dropout == (0.0 if dropout == 0 else 0.5)
+        models.append(model.state_dict())
+    kept, same, none = models
+    assert all(torch.equal(weight, same[name]) for name, weight in kept.items())
+    assert any(not torch.equal(weight, none[name]) for name, weight in kept.items())
+
+
 def test_a_captioner_that_learned_where_cells_lie_keeps_its_size(data, tmp_path):
     with pytest.raises(CaptionerError, match="learned where cells lie"):
         train_photos(data, tmp_path / "out", start="scenes", size=64)
