@@ -340,7 +340,7 @@ def train_images(
 
     Raises:
         OutputError: `out` is not empty or can't be written.
-        DataError: `crop` is not between 0 and 1, or words are to be held to boxes and there are none.
+        DataError: `crop` or `dropout` is not between 0 and 1, or words are to be held to boxes and there are none.
         CaptionerError: `cnn` can't be read, or `start` is none of the project's own captioners.
     """
     from captionfix.captioners.words import vocabulary, word_tokenizer
@@ -348,6 +348,8 @@ def train_images(
 
     if not 0 < crop <= 1:
         raise DataError(f"crop={crop}: give the smallest part of either side to keep, up to 1 (whole)")
+    if dropout is not None and not 0 <= dropout <= 1:
+        raise DataError(f"dropout={dropout}: give the share of values to drop, from 0 to 1")
     out, place = Path(out), work_folder(Path(out), Path(work) if work is not None else None)
     if start is not None:
         model, tokenizer = _started(start, size, seed)

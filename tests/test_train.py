@@ -417,10 +417,10 @@ def test_a_cut_is_what_the_image_holds_there(tmp_path):
     assert np.array_equal(read_square(file, 40, (0, 0, 1, 1)), read_square(file, 40))
 
 
-def test_a_cut_that_is_none_is_refused(data, cnn, tmp_path):
-    for crop in (0.0, -1.0, 1.5):
-        with pytest.raises(DataError, match="crop"):
-            train_photos(data, tmp_path / "out", cnn=cnn, crop=crop, **TINY)
+def test_what_is_no_part_of_a_whole_is_refused(data, cnn, tmp_path):
+    for option in ({"crop": 0.0}, {"crop": -1.0}, {"crop": 1.5}, {"dropout": -0.1}, {"dropout": 2.0}):
+        with pytest.raises(DataError, match=next(iter(option))):
+            train_photos(data, tmp_path / "out", cnn=cnn, **option, **TINY)
     assert not (tmp_path / "out.work").exists()
 
 
