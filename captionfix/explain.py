@@ -21,11 +21,13 @@ from .images import read_image
 from .unravel import Policy
 from .word_to_map import (
     Caption,
+    Fill,
     Flow,
     attention,
     flows,
     image_effect,
     joined,
+    multiscale,
     normalised,
     reads_the_mean,
     removal,
@@ -59,7 +61,7 @@ class Leg(NamedTuple):
     power: float = 1.0
 
 
-def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_join(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
     if reads_the_mean(captioner, features, caption):
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
         start = place = removed(captioner, features, caption, found, "mean")
@@ -70,15 +72,22 @@ def _by_join(captioner: Captioner, features: Tensor, caption: Caption, found: Fl
     return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5)
 
 
-def _by_removal(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_scales(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
+    leg = _by_join(captioner, pixels, features, caption, found)
+    assert leg.place is not None
+    fill: Fill = "mean" if leg.common == 1 else "zero"
+    return leg._replace(place=multiscale(captioner, pixels, leg.place, caption, fill), even=0.9, power=2.25)
+
+
+def _by_removal(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
     return _by_cells(features, removal(captioner, features, caption))
 
 
-def _by_flow(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_flow(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
     return Leg(normalised(found.features), normalised(found.features.sum(1)))
 
 
-def _by_attention(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_attention(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
     return _by_cells(features, attention(captioner, features, caption))
 
 
@@ -87,8 +96,9 @@ def _by_cells(features: Tensor, maps: Tensor) -> Leg:
     return Leg(map_to_pixels.channels(features[0], place), place)
 
 
-METHODS: dict[str, Callable[[Captioner, Tensor, Caption, Flow], Leg]] = {
+METHODS: dict[str, Callable[[Captioner, Tensor, Tensor, Caption, Flow], Leg]] = {
     "joined": _by_join,
+    "multiscale": _by_scales,
     "removal": _by_removal,
     "flow": _by_flow,
     "attention": _by_attention,
@@ -111,7 +121,7 @@ class Settings:
     """A method, settled: a first leg and a policy, or another tool's maps."""
 
     method: str
-    leg: Callable[[Captioner, Tensor, Caption, Flow], Leg] | None = None
+    leg: Callable[[Captioner, Tensor, Tensor, Caption, Flow], Leg] | None = None
     policy: Policy = field(default_factory=Policy)
     maps: Maps | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of maps
@@ -174,8 +184,8 @@ def explain(
             it and against the words that the captioner finds likely in its place, sum_v p(v) logit(v); a removal's
             drop of log-probability is against them already.
         method: how words depend on the feature map: ``"joined"`` (removal and flow together: the default, unless the
-            captioner's folder names another), ``"removal"``, ``"flow"`` or ``"attention"``, also with a policy as in
-            ``"flow:policy=fast"``; or a method of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"``
+            captioner's folder names another), ``"multiscale"`` (the same, with the image looked at in three sizes),
+            ``"removal"``, ``"flow"`` or ``"attention"``, also with a policy as in ``"flow:policy=fast"``; or a method of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"``
             or ``"rise:masks=500"`` (all of `captionfix.evaluate.methods`), which makes maps on its own and knows no
             policy, no image share and no language credits.
         policy: how much evidence is followed: ``"default"``, ``"fast"`` (a fixed number of neurons a word in every
@@ -297,7 +307,7 @@ def explain_ids(
     for i, caption in captions_of.items():
         mine = features[i : i + 1]
         if settings.leg is not None:
-            legs.append(settings.leg(captioner, mine, caption, found[i]))
+            legs.append(settings.leg(captioner, pixels[i : i + 1], mine, caption, found[i]))
             at_map = legs[-1].evidence.sum(1)
         else:
             assert settings.maps is not None

@@ -4,7 +4,8 @@ Three ways, which need nothing of the image's pixels and meet the second leg (`c
 at the feature map:
 
 - `removal`: the decoder's causal dependence. Cells are taken out, the same caption is decoded teacher-forced, and the
-  drop of each word's score counts. No gradients, any decoder, all cells in one batch.
+  drop of each word's score counts. No gradients, any decoder, all cells in one batch. `multiscale` averages it over
+  the image at several sizes.
 - `flow`: the engine's evidence from the word's logit back through the decoder, which also accounts for earlier words.
 - `attention`: the weights of a model that has them.
 """
@@ -17,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .captioners.captioner import Captioner
 from .errors import PolicyError
@@ -24,6 +26,10 @@ from .unravel import Evidence, Policy, Slot, Trace, start, walk
 from .unravel.rules.sums import weighted
 
 Fill = Literal["zero", "mean"]
+SCALES = (0.8, 1.3)
+"""Other sizes of the image, as parts of its own, at which `multiscale` looks."""
+FINER = 4
+"""How many points along either side of a cell `multiscale` tells apart."""
 
 
 @dataclass(frozen=True)
@@ -294,3 +300,46 @@ def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow
     both = normalised((away**2 * along) ** (1 / 3))
     both = torch.where(both.sum((1, 2), keepdim=True) == 0, along, both)
     return both, (away + along) / 2
+
+
+@torch.inference_mode()
+def multiscale(captioner: Captioner, pixels: Tensor, place: Tensor, caption: Caption, fill: Fill = "zero") -> Tensor:
+    """What cells mean to words, averaged over the image at several sizes.
+
+    A CNN's cells change with where its grid happens to fall; what is found at every size is more the word's. The image
+    is the same, and so are the words: only the CNN sees it a little smaller and a little larger (`SCALES`).
+
+    Args:
+        captioner: its CNN takes images, and its decoder maps, of other sizes.
+        pixels: (1, C, H, W), the CNN's input.
+        place: (n, h, w), what is known at the image's own size, each word's sum 1 (or 0).
+        caption: the n words.
+        fill: what a removed cell holds instead (`removal`).
+
+    Returns:
+        (n, `FINER` h, `FINER` w), each word's sum 1 (or 0): the mean over all sizes, each taken bilinearly.
+
+    Raises:
+        PolicyError: the CNN or the decoder refuses another size.
+    """
+    height, width = place.shape[1:]
+    views = [place]
+    for scale in SCALES:
+        sides = [
+            max(1, round(scale * cells)) * side // cells
+            for cells, side in zip((height, width), pixels.shape[2:], strict=True)
+        ]
+        resized = interpolate(pixels.float(), sides, mode="bilinear", align_corners=False, antialias=True)
+        try:
+            found = removal(captioner, captioner.encode(resized.to(pixels.dtype)), caption, fill)
+        except (RuntimeError, ValueError) as error:
+            raise PolicyError(
+                f"captioner {captioner.name!r}: it does not take its image at {sides[1]} x {sides[0]} pixels "
+                f"({(str(error) or 'error').splitlines()[0]}); use method='joined'"
+            ) from error
+        views.append(normalised(found))
+    finer = [
+        interpolate(view[:, None].float(), (FINER * height, FINER * width), mode="bilinear", align_corners=False)[:, 0]
+        for view in views
+    ]
+    return normalised(torch.stack([normalised(view) for view in finer]).mean(0)).to(place.dtype)

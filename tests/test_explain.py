@@ -248,7 +248,7 @@ def test_the_model_is_left_as_it_was(captioner, made):
         ({"contrast": {"a": "a"}}, CaptionError, "itself"),
         ({"contrast": {99: "red"}}, CaptionError, "not in the caption"),
         ({"contrast": "cat"}, CaptionError, "alternatives"),
-        ({"method": "magic"}, PolicyError, "joined.*removal.*flow.*attention"),
+        ({"method": "magic"}, PolicyError, "joined.*multiscale.*removal.*flow.*attention"),
         ({"method": "flow:steps=3"}, PolicyError, "flow:policy=fast"),
         ({"method": "flow:policy=fast", "policy": "paper"}, PolicyError, "once"),
         ({"method": "flow:policy=magic"}, PolicyError, "default.*paper.*marginal"),

@@ -53,10 +53,11 @@ def test_explanations_are_the_same_as_on_the_cpu(pictures, method):
         alike(one, other)
 
 
-def test_photographs_are_explained_the_same_as_on_the_cpu():
+@pytest.mark.parametrize("name", ["photos", "photos-show-and-tell"])
+def test_photographs_are_explained_the_same_as_on_the_cpu(name):
     picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     one, other = (
-        captionfix.explain(captionfix.load("photos", device=device), picture, beams=1) for device in ("cpu", "cuda")
+        captionfix.explain(captionfix.load(name, device=device), picture, beams=1) for device in ("cpu", "cuda")
     )
     alike(one, other)
 
