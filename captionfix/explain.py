@@ -185,9 +185,10 @@ def explain(
             drop of log-probability is against them already.
         method: how words depend on the feature map: ``"joined"`` (removal and flow together: the default, unless the
             captioner's folder names another), ``"multiscale"`` (the same, with the image looked at in three sizes),
-            ``"removal"``, ``"flow"`` or ``"attention"``, also with a policy as in ``"flow:policy=fast"``; or a method of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"``
-            or ``"rise:masks=500"`` (all of `captionfix.evaluate.methods`), which makes maps on its own and knows no
-            policy, no image share and no language credits.
+            ``"removal"``, ``"flow"`` or ``"attention"``, also with a policy as in ``"flow:policy=fast"``; or a method
+            of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of
+            `captionfix.evaluate.methods`), which makes maps on its own and knows no policy, no image share and no
+            language credits.
         policy: how much evidence is followed: ``"default"``, ``"fast"`` (a fixed number of neurons a word in every
             layer, whatever the CNN's size), ``"paper"`` (CNN Fixations as published; its method is
             the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
