@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,12 +23,12 @@ def test_places_at_several_sizes_are_those_of_the_resized_image():
         with torch.no_grad():
             features = captioner.encode(image)
             whole = captioner.decode(features, tokens).log_softmax(-1)[0]
-            result = torch.zeros(len(ids), *features.shape[2:])
-            for row, column in np.ndindex(*features.shape[2:]):
-                cut = features.clone()
-                cut[:, :, row, column] = features.mean((2, 3))
-                without = captioner.decode(cut, tokens).log_softmax(-1)[0]
-                result[:, row, column] = torch.stack([whole[k, i] - without[k, i] for k, i in enumerate(ids)])
+            height, width = features.shape[2:]
+            cut = features.repeat(height * width, 1, 1, 1)
+            for k in range(height * width):
+                cut[k, :, k // width, k % width] = features.mean((0, 2, 3))
+            without = captioner.decode(cut, tokens.expand(len(cut), -1)).log_softmax(-1)
+            result = torch.stack([whole[k, i] - without[:, k, i].view(height, width) for k, i in enumerate(ids)])
         return result.clamp_min(0)
 
     def even(maps):
