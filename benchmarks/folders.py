@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path, help="a folder of images, or a list as for captionfix ground")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--captioner", default="photos")
-    parser.add_argument("--policies", default="default,fast")
+    parser.add_argument("--policies", default="default,thorough")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batches", default="1,8,auto", help="images at once; auto: what fits into memory")
     parser.add_argument("--rounds", type=int, default=1, help="each way is run so often, in turn; the best counts")

@@ -32,19 +32,19 @@ from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
-from captionfix.explain import METHODS, Leg, settle, unraveled
+from captionfix.explain import METHODS, Leg, followed, unraveled
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
 CNNS: dict[str, tuple[dict[str, str] | None, int, int]] = {
-    "photos": (None, 1280, 320),  # the bundled captioner as it comes, with its own policy besides
+    "photos": (None, 1280, 320),  # the bundled captioner as it comes
     "MobileNetV2": (None, 1280, 224),  # the same on smaller images
     "ResNet-50": ({"model_type": "resnet"}, 2048, 224),
     "VGG-16": ({"torchvision": "vgg16"}, 512, 224),
     "Inception v3": ({"torchvision": "inception_v3"}, 2048, 299),
 }
 DECODERS = ("attention", "show-tell")
-POLICIES = {"default": Policy.named("default"), "fast": Policy.named("fast"), "paper": Policy.named("paper")}
+POLICIES = {name: Policy.named(name) for name in ("default", "thorough", "paper")}
 
 
 def build(cnn: str, decoder: str) -> PretrainedCaptioner:
@@ -89,13 +89,13 @@ def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Captio
 
 def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
     """All words of all images explained, from pixels to pixels, as `explain` does it: (images x words, H, W)."""
-    alone = policy.full > 0 and len(pixels) > 1
-    encoded = None if alone else map_to_pixels.encode(captioner, pixels)
+    encoded = None if policy.full and len(pixels) > 1 else map_to_pixels.encode(captioner, pixels)
     features = captioner.encode(pixels) if encoded is None else encoded.features
     found = word_to_map.flows(captioner, features, [caption] * len(pixels), policy)
-    each = zip(features.split(1), found, strict=True)
-    legs = [METHODS["joined"](captioner, own, caption, flow) for own, flow in each]
-    if encoded is None:
+    each = zip(pixels.split(1), features.split(1), found, strict=True)
+    legs = [METHODS["joined"](captioner, image, own, caption, flow) for image, own, flow in each]
+    policy = followed(policy, legs)
+    if encoded is None or (policy.full and len(pixels) > 1):
         parts = zip(pixels.split(1), legs, strict=True)
         return torch.cat([unraveled(map_to_pixels.encode(captioner, p), [leg], policy)[0] for p, leg in parts])
     return torch.cat(unraveled(encoded, legs, policy, range(len(pixels))))
@@ -125,14 +125,13 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
         side = CNNS[cnn][2]
         for decoder in DECODERS if cnn != "photos" else DECODERS[:1]:
             captioner = build(cnn, decoder)
-            policies = {**POLICIES, "own": settle(captioner).policy} if cnn == "photos" else POLICIES
             pixels, caption = picture(side), caption_of(captioner, 10)
             tokens = caption.inputs(pixels.device)
             default = POLICIES["default"]
             encoded = map_to_pixels.encode(captioner, pixels)
             features = encoded.features
             found = word_to_map.flow(captioner, features, caption, default)
-            leg = METHODS["joined"](captioner, features, caption, found)
+            leg = METHODS["joined"](captioner, pixels, features, caption, found)
             measured: dict[str, Callable[[], object]] = {
                 "caption": lambda: captioner.logits(pixels, tokens),
                 "encode": lambda: captioner.encode(pixels),
@@ -140,11 +139,12 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 "removal": lambda: word_to_map.removal(captioner, features, caption),
                 "flow": lambda: word_to_map.flow(captioner, features, caption, default),
             }
-            for name, policy in policies.items():
-                measured[f"unravel, {name}"] = lambda policy=policy: unraveled(encoded, [leg], policy)
-            for name in [name for name in policies if name != "paper"]:
+            for name, policy in POLICIES.items():
+                kept = followed(policy, [leg])
+                measured[f"unravel, {name}"] = lambda kept=kept: unraveled(encoded, [leg], kept)
+            for name in ("default", "thorough"):
                 measured[f"all of it, {name}"] = lambda name=name: everything(
-                    captioner, pixels, caption, policies[name]
+                    captioner, pixels, caption, POLICIES[name]
                 )
             others = ["gradcam", "gradcam-shipped", *(["integrated-gradients"] if slow else [])]
             for other in others:
@@ -164,9 +164,19 @@ def invented(features: Tensor, words: int, decoder: str) -> list[Leg]:
     places = torch.rand(len(features), words, *features.shape[2:], device=features.device)
     common = 1.0 if decoder == "show-tell" else 0.5
     return [
-        Leg(map_to_pixels.channels(one, place), place, common, even=0.3, power=1.5)
+        Leg(map_to_pixels.channels(one, place), place, common, even=0.3, power=1.5, few=(0.6, 2.5))
         for one, place in zip(features, places, strict=True)
     ]
+
+
+def started(
+    captioner: PretrainedCaptioner, pixels: Tensor, words: int, decoder: str, policy: Policy
+) -> Callable[[], object]:
+    """Unravels invented legs as `explain` does: with full tables image by image, else all at once."""
+    kept = followed(policy, invented(captioner.encode(pixels[:1]), words, decoder))
+    passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if kept.full else len(pixels))]
+    legs = [invented(each.features, words, decoder) for each in passes]
+    return lambda: [unraveled(each, own, kept, range(len(own))) for each, own in zip(passes, legs, strict=True)]
 
 
 def curves(decoder: str, repeat: int) -> None:
@@ -176,25 +186,19 @@ def curves(decoder: str, repeat: int) -> None:
         *((10, images, 224) for images in (4, 16, 32)),
         *((10, 1, side) for side in (448, 1024)),
     ]
-    print("words  images  pixels   caption ms   unravel ms   ratio      fast ms   ratio")
+    print("words  images  pixels   caption ms   default ms   ratio  thorough ms   ratio")
     for words, images, side in settings:
         pixels, caption = picture(side, images), caption_of(captioner, words)
         tokens = caption.inputs(pixels.device).expand(images, -1)
         measured: dict[str, Callable[[], object]] = {"caption": lambda: captioner.logits(pixels, tokens)}
-        for name in ("default", "fast"):
-            policy = POLICIES[name]
-            # as `explain` does: with full tables image by image, else all at once
-            passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if policy.full else images)]
-            started = [(each, invented(each.features, words, decoder)) for each in passes]
-            measured[name] = lambda started=started, policy=policy: [
-                unraveled(each, legs, policy, range(len(legs))) for each, legs in started
-            ]
+        for name in ("default", "thorough"):
+            measured[name] = started(captioner, pixels, words, decoder, POLICIES[name])
         with torch.inference_mode():
             seconds = in_turn(measured, repeat)
-        base, full, few = (1000 * seconds[name] for name in ("caption", "default", "fast"))
+        base, few, full = (1000 * seconds[name] for name in ("caption", "default", "thorough"))
         print(
-            f"{words:5}  {images:6}  {side:6} {base:12.1f} {full:12.1f} {full / base:7.2f}"
-            f" {few:12.1f} {few / base:7.2f}",
+            f"{words:5}  {images:6}  {side:6} {base:12.1f} {few:12.1f} {few / base:7.2f}"
+            f" {full:12.1f} {full / base:7.2f}",
             flush=True,
         )
 
@@ -217,16 +221,11 @@ def batch(names: list[str], policies: list[str], repeat: int, images: int, devic
                 "encode": lambda: captioner.encode(pixels),
                 "encode, recorded": lambda: map_to_pixels.encode(captioner, pixels),
                 "removal": lambda: [word_to_map.removal(captioner, one, caption) for one in features.split(1)],
-                "flow": lambda: word_to_map.flows(captioner, features, captions, POLICIES["fast"]),
+                "flow": lambda: word_to_map.flows(captioner, features, captions, POLICIES["default"]),
             }
             for name in policies:
                 policy = POLICIES[name]
-                step = 1 if policy.full else images
-                passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(step)]
-                started = [(each, invented(each.features, 10, decoder)) for each in passes]
-                measured[f"unravel, {name}"] = lambda started=started, policy=policy: [
-                    unraveled(each, legs, policy, range(len(legs))) for each, legs in started
-                ]
+                measured[f"unravel, {name}"] = started(captioner, pixels, 10, decoder, policy)
                 measured[f"all of it, {name}"] = lambda policy=policy: everything(captioner, pixels, caption, policy)
             maps, options = methods.resolve("gradcam")
             measured["gradcam"] = lambda maps=maps, options=options: [
@@ -256,7 +255,7 @@ def memory(names: list[str], threads: int) -> None:
 def peak(cnn: str, what: str) -> None:
     """Prints the process's peak in MiB, and how much of it is above the loaded captioner and libraries."""
     small = captionfix.load("scenes")  # libraries and compiled loops are there before the count begins
-    everything(small, picture(128), word_to_map.Caption(small.vocabulary.start, (4, 5, 6)), POLICIES["fast"])
+    everything(small, picture(128), word_to_map.Caption(small.vocabulary.start, (4, 5, 6)), POLICIES["default"])
     captioner = build(cnn, "attention")
     pixels, caption = picture(CNNS[cnn][2]), caption_of(captioner, 10)
     gc.collect()
@@ -285,7 +284,7 @@ def main() -> None:
     parser.add_argument("--cnn", choices=CNNS, help="only this one")
     parser.add_argument("--decoder", choices=DECODERS, default=DECODERS[0], help="for curves")
     parser.add_argument("--what", choices=["caption", *POLICIES], default="default", help="for peak")
-    parser.add_argument("--policies", default="fast,default", help="for batch")
+    parser.add_argument("--policies", default="default,thorough", help="for batch")
     parser.add_argument("--images", type=int, default=16, help="for batch")
     parser.add_argument("--device", default="cpu", help="for batch: cpu, cuda, ...")
     options = parser.parse_args()

@@ -40,7 +40,7 @@ def explain_classes(
     preprocess: Callable[[Any], Any] | None = None,
     window: Box | Callable[[int, int], Box] | None = None,
     labels: Sequence[str] | Mapping[int, str] | None = None,
-    policy: Policy | str | Mapping[str, Any] = "default",
+    policy: Policy | str | Mapping[str, Any] = "thorough",
     crops: Literal[1, 10] = 1,
     picture: Any = None,
     name: str | None = None,
@@ -65,8 +65,9 @@ def explain_classes(
             and height; found by asking ``preprocess`` where it is not said.
         labels: names of the classes, by place or by id. By default those in the module's configuration
             (transformers), or ImageNet's where there are 1000.
-        policy: how much evidence is followed: ``"default"``, ``"paper"`` (the published sets), ``"released"`` (those of
-            the authors' code), ``"fast"``, ``"marginal"``, a `captionfix.Policy` or its fields.
+        policy: how much evidence is followed: ``"thorough"``, ``"default"`` or ``"fast"`` (300 or 100 neurons a
+            layer), ``"paper"`` (the published sets), ``"released"`` (those of the authors' code), ``"marginal"``, a
+            `captionfix.Policy` or its fields.
         crops: 10 as the paper evaluates: the class is the likeliest by the mean over the four corners, the centre and
             their mirror images; each of the five upright crops that ranks it first adds its fixations (where none
             does, the centre's likeliest class takes its place, or for given classes all five add theirs).

@@ -33,8 +33,10 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="How many of the likeliest classes to explain.")] = 1,
     policy: Annotated[
         str,
-        typer.Option(help="How much evidence is followed: default, fast, paper, released, marginal, or sums=16,..."),
-    ] = "default",
+        typer.Option(
+            help="How much evidence is followed: thorough, default, fast, paper, released, marginal, or sums=16,..."
+        ),
+    ] = "thorough",
     crops: Annotated[int, typer.Option(help="1, or 10 as the paper evaluates.")] = 1,
     labels: Annotated[
         Path | None, typer.Option(help="Names of the classes: one a line, or JSON.", show_default=False)

@@ -107,7 +107,8 @@ def explain_command(
     ] = None,
     method: Annotated[str, typer.Option(help="How words depend on the CNN's feature map.")] = "default",
     policy: Annotated[
-        str, typer.Option(help="How much evidence is followed: default, paper, marginal, or sums=16,neurons=300,...")
+        str,
+        typer.Option(help="How much evidence is followed: default, fast, thorough, paper, or sums=16,neurons=300,..."),
     ] = "default",
     beams: Annotated[int, typer.Option(min=1, help="Width of the search for a caption; 1 is greedy.")] = 3,
     unknown: Annotated[Unknown, typer.Option(help="Words that the captioner does not know.")] = Unknown.error,

@@ -18,7 +18,7 @@ from .captioners.captioner import Captioner, Prepared
 from .errors import CaptionerError, CaptionError, PolicyError
 from .explanation import Explanation, Explanations, Word
 from .images import read_image
-from .unravel import Policy
+from .unravel import POLICIES, Policy
 from .word_to_map import (
     Caption,
     Fill,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ALTERNATIVES = 5
 ONCE = 5
-"""For how many words' worth of neurons there is room where evidence of a whole caption is unraveled once."""
+"""How many words' neurons evidence of a whole caption may hold, where that is unraveled once."""
 
 
 class Leg(NamedTuple):
@@ -52,6 +52,8 @@ class Leg(NamedTuple):
             unraveled once, from the mean of the words' evidence.
         even: part of a word's evidence that is not followed further than its cells.
         power: of the place's evidence.
+        few: that part and that power where the engine holds few neurons from the feature map on, without full tables:
+            they say less of single pixels. None: the same.
     """
 
     evidence: Tensor
@@ -59,6 +61,12 @@ class Leg(NamedTuple):
     common: float = 0.0
     even: float = 0.0
     power: float = 1.0
+    few: tuple[float, float] | None = None
+
+    @property
+    def once(self) -> bool:
+        """Whether all words share what is unraveled."""
+        return self.place is not None and self.common == 1
 
 
 def _by_join(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
@@ -69,14 +77,15 @@ def _by_join(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Ca
     else:
         start, place = joined(captioner, features, caption, found)
         common = 0.5
-    return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5)
+    return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5, few=(0.6, 2.5))
 
 
 def _by_scales(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
     leg = _by_join(captioner, pixels, features, caption, found)
     assert leg.place is not None
-    fill: Fill = "mean" if leg.common == 1 else "zero"
-    return leg._replace(place=multiscale(captioner, pixels, leg.place, caption, fill), even=0.9, power=2.25)
+    fill: Fill = "mean" if leg.once else "zero"
+    place = multiscale(captioner, pixels, leg.place, caption, fill)
+    return leg._replace(place=place, even=0.9, power=2.25, few=None)
 
 
 def _by_removal(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
@@ -105,6 +114,7 @@ METHODS: dict[str, Callable[[Captioner, Tensor, Tensor, Caption, Flow], Leg]] = 
 }
 WITH_POLICY = {  # a method's name -> first leg, policy
     "fast": ("joined", "fast"),
+    "thorough": ("joined", "thorough"),
     "paper": ("flow", "paper"),
     "marginal": ("flow", "marginal"),
 }
@@ -125,10 +135,6 @@ class Settings:
     policy: Policy = field(default_factory=Policy)
     maps: Maps | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of maps
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the explanation."""
-        return self.policy.as_dict() if self.maps is None else dict(self.options)
 
 
 @overload
@@ -189,14 +195,15 @@ def explain(
             of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of
             `captionfix.evaluate.methods`), which makes maps on its own and knows no policy, no image share and no
             language credits.
-        policy: how much evidence is followed: ``"default"``, ``"fast"`` (a fixed number of neurons a word in every
-            layer, whatever the CNN's size), ``"paper"`` (CNN Fixations as published; its method is
-            the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
+        policy: how much evidence is followed: ``"default"`` (300 neurons a word in every layer, whatever the CNN's
+            size; thorough where evidence of a whole caption is unraveled once), ``"fast"`` (100 neurons),
+            ``"thorough"`` (all of the deep maps, then 1,000 neurons: several times as long), ``"paper"`` (CNN
+            Fixations as published; its method is the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
         unknown: what to do about words of a given caption that the captioner does not know: ``"error"`` lists them,
             ``"map"`` feeds the captioner's word for unknown.
-        batch_size: images taken at once; it bounds the memory. A policy with full tables (the default) unravels them
-            one by one.
+        batch_size: images taken at once; it bounds the memory. A policy with full tables (``"thorough"``) unravels
+            them one by one.
 
     Raises:
         ImageError: an image can't be read.
@@ -276,9 +283,8 @@ def explain_ids(
             explained.update(zip(part, alike, strict=True))
         return [explained[i] for i in range(len(sizes))]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
-    # full tables hold every cell of a batch for every word: image by image they stay small
-    alone = len(pixels) > 1 and (settings.policy.full > 0 or settings.policy.everything)
-    encoded = None if settings.leg is None or alone else map_to_pixels.encode(captioner, pixels)
+    policy = settings.policy
+    encoded = None if settings.leg is None or _alone(policy, pixels) else map_to_pixels.encode(captioner, pixels)
     with torch.inference_mode():
         features = captioner.encode(pixels) if encoded is None else encoded.features
     if not bool(torch.isfinite(features).all()):
@@ -300,7 +306,7 @@ def explain_ids(
     found: dict[int, Flow] = {}
     if settings.leg is not None and captions_of:
         target: Literal["alternatives", "logit"] = "alternatives" if isinstance(contrast, str) else "logit"
-        own = flows(captioner, features[list(captions_of)], list(captions_of.values()), settings.policy, target)
+        own = flows(captioner, features[list(captions_of)], list(captions_of.values()), policy, target)
         found = dict(zip(captions_of, own, strict=True))
     words: list[list[Word]] = [[] for _ in given]
     legs: list[Leg] = []
@@ -318,11 +324,12 @@ def explain_ids(
                 torch.nn.functional.adaptive_avg_pool2d(made_maps, (features.shape[2], features.shape[3]))
             )
         words[i] = _words(captioner, mine, caption, found.get(i), at_map)
-    if legs and encoded is not None:
-        masses = unraveled(encoded, legs, settings.policy, list(captions_of))
+    policy = followed(policy, legs)
+    if legs and encoded is not None and not _alone(policy, pixels):
+        masses = unraveled(encoded, legs, policy, list(captions_of))
     elif legs:
         for i, leg in zip(captions_of, legs, strict=True):
-            masses += unraveled(map_to_pixels.encode(captioner, pixels[i : i + 1]), [leg], settings.policy)
+            masses += unraveled(map_to_pixels.encode(captioner, pixels[i : i + 1]), [leg], policy)
     if masses:
         points = iter(torch.cat(masses).cpu())
         words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]
@@ -333,12 +340,26 @@ def explain_ids(
             caption=captioner.text(ids or ()),
             captioner=captioner.name,
             method=settings.method,
-            policy=settings.as_dict(),
+            policy=policy.as_dict() if settings.maps is None else dict(settings.options),
             window=p.window,
             grid=(pixels.shape[3], pixels.shape[2]),
         )
         for picture, each, ids, p in zip(pictures, words, given, prepared, strict=True)
     ]
+
+
+def _alone(policy: Policy, pixels: Tensor) -> bool:
+    """Whether a batch is unraveled image by image: full tables hold every cell of a batch for every word."""
+    return len(pixels) > 1 and (policy.full > 0 or policy.everything)
+
+
+def followed(policy: Policy, legs: Sequence[Leg]) -> Policy:
+    """What the engine keeps of these legs' evidence. Where all words share it, it is unraveled once for all of them,
+    and there is room for more: the thorough policy instead of the default, and the neurons of `ONCE` words."""
+    if not any(leg.once for leg in legs):
+        return policy
+    kept = POLICIES["thorough"] if policy == POLICIES["default"] else policy
+    return kept if kept.neurons is None else replace(kept, neurons=kept.neurons * ONCE)
 
 
 def unraveled(
@@ -349,15 +370,14 @@ def unraveled(
     Args:
         encoded: the recorded pass.
         legs: of a caption each.
-        policy: what the engine keeps; of what a whole caption shares as many neurons as of all its words, at most of
-            `ONCE`.
+        policy: what the engine keeps (`followed`).
         images: which image of the batch each is of.
     """
     if policy.mass == "set":  # as published: they stay as they are
         legs = [leg._replace(place=None) for leg in legs]
-    once = [leg.place is not None and leg.common == 1 for leg in legs]
-    if any(once) and policy.neurons is not None:
-        policy = replace(policy, neurons=policy.neurons * min(ONCE, max(len(leg.evidence) for leg in legs)))
+    if not policy.full and not policy.everything:
+        legs = [leg if leg.few is None else leg._replace(even=leg.few[0], power=leg.few[1]) for leg in legs]
+    once = [leg.once for leg in legs]
     present = [leg.evidence.flatten(1).sum(1) > 0 for leg in legs]
     rows = [
         leg.evidence.sum(0, keepdim=True) / known.sum().clamp_min(1) if alike else leg.evidence

@@ -12,7 +12,7 @@ from PIL import Image
 import captionfix
 from captionfix import map_to_pixels
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
-from captionfix.explain import Leg, settle, unraveled
+from captionfix.explain import Leg, followed, settle, unraveled
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
 
@@ -142,10 +142,11 @@ def test_a_captioner_brings_its_own_setting(captioner, made):
     assert (named.method, named.policy) == ("joined", Policy.named("default").as_dict())
     for word, other in zip(own, alike, strict=True):
         np.testing.assert_array_equal(word.fixations, other.fixations)
-    photos = captionfix.load("photos")
+    photos, without_attention = (captionfix.load(name) for name in ("photos", "photos-show-and-tell"))
     assert settle(photos).policy == Policy(neurons=2000, full=400)  # models/photos/config.json
     photos.defaults = {}
-    assert (settle(photos).method, settle(photos).policy) == ("joined", Policy.named("default"))
+    assert (settle(photos).method, settle(photos).policy) == ("joined", Policy(neurons=300))
+    assert settle(without_attention).method == "multiscale"  # models/photos-show-and-tell/config.json
 
 
 def test_published_sets_stay_sets(captioner, made):
@@ -153,17 +154,22 @@ def test_published_sets_stay_sets(captioner, made):
         np.testing.assert_allclose(word.fixations[:, 2], 1 / len(word.fixations), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "policy"), [("default", "default"), ("joined", "default"), ("flow", "paper")])
-def test_a_list_gives_what_single_calls_give(captioner, method, policy):
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [("default", "default"), ("joined", "default"), ("joined", "thorough"), ("flow", "paper"), (None, "default")],
+)
+def test_a_list_gives_what_single_calls_give(captioner, without_attention, method, policy):
     scenes = [scene(seed, split="test") for seed in (6, 7, 9)]
-    assert len({len(s.caption.split()) for s in scenes[:2]}) == 2
+    captions = [s.caption for s in scenes]
+    if method is None:  # a captioner whose captions are unraveled once, thoroughly
+        captioner, captions, method = without_attention(1), ["a red star", "a star", "a red red star"], "default"
+    assert len({len(caption.split()) for caption in captions[:2]}) == 2
     how = {"method": method, "policy": policy}
-    together = captionfix.explain(
-        captioner, [s.image for s in scenes], caption=[s.caption for s in scenes], batch_size=2, **how
-    )
+    together = captionfix.explain(captioner, [s.image for s in scenes], caption=captions, batch_size=2, **how)
     assert isinstance(together, captionfix.Explanations)
-    for made, result in zip(scenes, together, strict=True):
-        alone = captionfix.explain(captioner, made.image, caption=made.caption, **how)
+    for made, caption, result in zip(scenes, captions, together, strict=True):
+        alone = captionfix.explain(captioner, made.image, caption=caption, **how)
+        assert alone.policy == result.policy
         for one, other in zip(alone, result, strict=True):
             np.testing.assert_allclose(one.feature_map, other.feature_map, atol=1e-4)
             assert one.image_share == pytest.approx(other.image_share, abs=1e-4)
@@ -333,7 +339,7 @@ def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(ma
             np.testing.assert_allclose(ratios, ratios[0], rtol=0.02)
 
 
-@pytest.mark.parametrize("policy", ["marginal", "fast"])
+@pytest.mark.parametrize("policy", ["marginal", "default", "thorough"])
 def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner, policy):
     """Where all is kept, by linearity; with a budget it is the evidence's mean, followed with all words' neurons."""
     policy = Policy.named(policy)
@@ -348,18 +354,32 @@ def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner
         Leg(map_to_pixels.channels(features, place), place, common=1.0, even=0.2, power=1.5)
         for features, place in zip(encoded.features, places, strict=True)
     ]
-    together = unraveled(encoded, legs, policy, [0, 1])
+    kept = followed(policy, legs)
+    together = unraveled(encoded, legs, kept, [0, 1])
     for i, (leg, found) in enumerate(zip(legs, together, strict=True)):
         known = leg.evidence.sum((1, 2, 3)) > 0
         if policy.neurons is None:
             mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known], policy, torch.full((int(known.sum()),), i))
         else:
-            more = Policy(neurons=3 * policy.neurons)
+            more = Policy(neurons=5000, full=256)  # also by the default: it is for all words
             mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known].mean(0, keepdim=True), more, torch.tensor([i]))
         fixations = mass.mean(0) * torch.ones(len(known), 1, 1) * known[:, None, None]
         expected = map_to_pixels.agreeing(fixations, leg.place, even=0.2, power=1.5)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
         assert ((found.sum((1, 2, 3)) > 0) == known).all()
+
+
+@pytest.mark.parametrize("policy", ["default", "thorough"])
+def test_more_lies_evenly_where_few_neurons_are_held(captioner, made, policy):
+    pixels = captioner.prepare(Image.fromarray(made.image)).pixels[None]
+    encoded = map_to_pixels.encode(captioner, pixels)
+    place = torch.rand(2, *encoded.features.shape[2:])
+    place /= place.sum((1, 2), keepdim=True)
+    leg = Leg(map_to_pixels.channels(encoded.features[0], place), place, even=0.25, power=1.0, few=(0.5, 2.0))
+    even, power = leg.few if policy == "default" else (leg.even, leg.power)
+    mass, _ = map_to_pixels.pixels(encoded, leg.evidence, Policy.named(policy))
+    expected = map_to_pixels.agreeing(mass, place, even=even, power=power)
+    torch.testing.assert_close(unraveled(encoded, [leg], Policy.named(policy))[0], expected, atol=1e-6, rtol=1e-3)
 
 
 def test_weights_that_are_not_finite_are_an_error(made):

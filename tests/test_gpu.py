@@ -45,7 +45,9 @@ def alike(one, other):
             assert np.corrcoef(*maps)[0, 1] > 0.98, a.text
 
 
-@pytest.mark.parametrize("method", ["default", "joined", "removal", "flow", "attention", "fast", "paper", "marginal"])
+@pytest.mark.parametrize(
+    "method", ["default", "joined", "removal", "flow", "attention", "fast", "thorough", "paper", "marginal"]
+)
 def test_explanations_are_the_same_as_on_the_cpu(pictures, method):
     here = captionfix.explain(captionfix.load("scenes"), pictures, method=method)
     there = captionfix.explain(captionfix.load("scenes", device="cuda"), pictures, method=method)

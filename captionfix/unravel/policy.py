@@ -120,8 +120,8 @@ class Policy:
 
     @classmethod
     def named(cls, policy: Policy | str | dict[str, Any]) -> Policy:
-        """A policy by name (``default``, ``fast``, ``paper``, ``released``, ``marginal``), or the default with some
-        fields changed, or itself.
+        """A policy by name (``default``, ``fast``, ``thorough``, ``paper``, ``released``, ``marginal``), or the
+        default with some fields changed, or itself.
 
         Raises:
             PolicyError: for a name or a field that does not exist.
@@ -143,8 +143,9 @@ class Policy:
 
 
 POLICIES = {
-    "default": Policy(neurons=1000, full=256),
-    "fast": Policy(),
+    "default": Policy(),
+    "fast": Policy(neurons=100),
+    "thorough": Policy(neurons=1000, full=256),
     "paper": Policy(sums=1, convolutions=1, neurons=None, winner=True, linear=None, mass="set"),
     "released": Policy(
         sums=1,
