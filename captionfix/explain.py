@@ -356,7 +356,7 @@ def _alone(policy: Policy, pixels: Tensor) -> bool:
 def followed(policy: Policy, legs: Sequence[Leg]) -> Policy:
     """What the engine keeps of these legs' evidence. Where all words share it, it is unraveled once for all of them,
     and there is room for more: the thorough policy instead of the default, and the neurons of `ONCE` words."""
-    if not any(leg.once for leg in legs):
+    if policy.mass == "set" or not any(leg.once for leg in legs):  # published sets stay every word's own
         return policy
     kept = POLICIES["thorough"] if policy == POLICIES["default"] else policy
     return kept if kept.neurons is None else replace(kept, neurons=kept.neurons * ONCE)
