@@ -32,7 +32,7 @@ from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
-from captionfix.explain import METHODS, Leg, followed, unraveled
+from captionfix.legs import METHODS, Leg, followed, unraveled
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)

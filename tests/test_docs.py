@@ -47,7 +47,7 @@ def test_code_runs(page, load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(captionfix, "load", load)  # the real one, but each captioner once
     before = dict(RULES)
-    from captionfix.explain import METHODS
+    from captionfix.legs import METHODS
 
     methods = dict(METHODS)
     names: dict[str, object] = {}

@@ -12,7 +12,8 @@ from PIL import Image
 import captionfix
 from captionfix import map_to_pixels
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
-from captionfix.explain import Leg, followed, settle, unraveled
+from captionfix.explain import settle
+from captionfix.legs import Leg, followed, unraveled
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
 

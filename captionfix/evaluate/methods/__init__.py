@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import PolicyError
-from ...explain import METHODS as LEGS
 from ...explain import WITH_POLICY, Maps
+from ...legs import METHODS as LEGS
 
 # name -> module, function; the modules import other tools only when a method runs
 METHODS: dict[str, tuple[str, str]] = {
