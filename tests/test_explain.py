@@ -16,6 +16,7 @@ from captionfix.explain import settle
 from captionfix.legs import Leg, followed, unraveled
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
+from captionfix.word_to_map import Caption, removal
 
 METHODS = ["joined", "removal", "flow", "attention"]
 
@@ -155,6 +156,16 @@ def test_published_sets_stay_sets(captioner, made):
         np.testing.assert_allclose(word.fixations[:, 2], 1 / len(word.fixations), rtol=1e-4)
 
 
+def rounding_of_removal(captioner, explanation):
+    """How much rounding may move each word's normalised drops of log-probability: a word that hardly needs the image
+    has drops not far above it. A batch rounds otherwise than a single image, and every processor in its own way."""
+    with torch.inference_mode():
+        features = captioner.encode(captioner.prepare(explanation.image).pixels[None])
+        caption = Caption(captioner.vocabulary.start, tuple(word.token for word in explanation))
+        drops = removal(captioner, features, caption).clamp_min(0).sum((1, 2)).numpy()
+    return 8 * np.finfo(np.float32).eps / drops.clip(1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "policy"),
     [("default", "default"), ("joined", "default"), ("joined", "thorough"), ("flow", "paper"), (None, "default")],
@@ -171,8 +182,9 @@ def test_a_list_gives_what_single_calls_give(captioner, without_attention, metho
     for made, caption, result in zip(scenes, captions, together, strict=True):
         alone = captionfix.explain(captioner, made.image, caption=caption, **how)
         assert alone.policy == result.policy
+        rounding = rounding_of_removal(captioner, alone) if method == "joined" else np.zeros(len(alone))
         for one, other in zip(alone, result, strict=True):
-            np.testing.assert_allclose(one.feature_map, other.feature_map, atol=1e-4)
+            np.testing.assert_allclose(one.feature_map, other.feature_map, atol=1e-4 + rounding[one.index])
             assert one.image_share == pytest.approx(other.image_share, abs=1e-4)
             difference = np.abs(alone.maps(False)[one.index] - result.maps(False)[one.index]).sum()
             assert difference < 0.05  # equal contributions may be kept in another order

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .policy import largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,7 @@ def heaviest(table: Tensor, budget: int | None) -> Evidence:
         word, element = torch.nonzero(table > 0, as_tuple=True)
         mass = table[word, element]
     else:
-        mass, element = table.topk(budget, 1)
+        mass, element = largest(table, budget)
         mass = mass * (table.sum(1, keepdim=True) / mass.sum(1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny))
         word, column = torch.nonzero(mass > 0, as_tuple=True)
         element, mass = element[word, column], mass[word, column]

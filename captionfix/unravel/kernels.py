@@ -1,7 +1,7 @@
 """The sparse step compiled: what the engine does with a word's few neurons, as loops instead of tensor operations.
 
 A layer's step is little arithmetic in some forty tensor operations, each of which costs more to start than to do. On a
-CPU, with numba installed (the extra ``compiled``), the four that take the time run as loops over neurons. They give
+CPU, with numba installed (the extra ``compiled``), those that take the time run as loops over neurons. They give
 what the tensor operations give, but for the order in which numbers are added and which of two equal ones is taken;
 without numba, on other devices and for other types the tensor operations run. ``CAPTIONFIX_COMPILED=0`` keeps to
 those everywhere. The first call in an environment compiles, which takes some seconds; later ones find the result.
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _TYPES = (torch.float32, torch.float64)
-_BLOCK = 16  # products looked at together
+_LANES = 64  # products whose largest is looked for together
+_TILE = 16  # side of what is transposed together
 _PRIME = 11400714819323198485  # 2 ** 64 / golden ratio: Fibonacci hashing
 
 
@@ -87,13 +88,13 @@ def follow(
 
 
 def contributors(
-    rows: Tensor, weights: Tensor, neurons: Tensor, direction: Tensor, window: Window, keep: int
+    x: Tensor, weights: Tensor, neurons: Tensor, direction: Tensor, window: Window, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``keep`` contributions of a convolution's window that agree most with each neuron.
 
     Args:
-        rows: (images * input positions, or more, channels), the input with channels last.
-        weights: (filters, taps, channels of a group).
+        x: (images, channels, input positions).
+        weights: (filters, channels of a group, taps).
         neurons: (D,) element numbers of the (images, filters, *output positions) output.
         direction: (D,).
         window: what each output position sees.
@@ -104,9 +105,17 @@ def contributors(
         agrees), and the contributors' directions.
     """
     size = (len(neurons), min(keep, weights[0].numel()))
-    element, share = np.zeros(size, np.int64), np.zeros(size, rows.numpy().dtype)
+    values = x.numpy()
+    element, share = np.zeros(size, np.int64), np.zeros(size, values.dtype)
     towards = np.ones_like(share)
-    given = (rows.contiguous().numpy(), weights.contiguous().numpy(), neurons.numpy(), direction.numpy())
+    if weights.shape[1] == 1:  # a neuron sees one channel: it stays as it is
+        rows = np.ascontiguousarray(values)
+    else:
+        rows = values.transpose(0, 2, 1)
+        if not rows.flags.c_contiguous:
+            rows = np.empty(rows.shape, rows.dtype)
+            _compiled(_transpose)(np.ascontiguousarray(values), rows)
+    given = (rows.reshape(-1), weights.contiguous().numpy(), neurons.numpy(), direction.numpy())
     _compiled(_contributors)(*given, window.numbers(), window.groups, element, share, towards)
     return torch.from_numpy(element), torch.from_numpy(share), torch.from_numpy(towards)
 
@@ -126,29 +135,32 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _merge(word, element, direction, mass, words, budget):  # type: ignore[no-untyped-def]
-    first = np.zeros(words + 1, np.int64)
+    first, sorted_by_word = np.zeros(words + 1, np.int64), True
     for i in range(len(word)):
         first[word[i] + 1] += 1
+        sorted_by_word &= i == 0 or word[i - 1] <= word[i]
     most = 0
     for w in range(words):
         most = max(most, first[w + 1])
         first[w + 1] += first[w]
-    order, end = np.empty(len(word), np.int64), first[:-1].copy()
-    for i in range(len(word)):
-        order[end[word[i]]] = i
-        end[word[i]] += 1
+    order, end = np.empty(0 if sorted_by_word else len(word), np.int64), first[:-1].copy()
+    if not sorted_by_word:
+        for i in range(len(word)):
+            order[end[word[i]]] = i
+            end[word[i]] += 1
     bits = 2
     while (1 << bits) < 2 * most:
         bits += 1
     known, place = np.zeros(1 << bits, np.int64), np.empty(1 << bits, np.int64)
     to_word, to_key = np.empty(len(word), np.int64), np.empty(len(word), np.int64)
     to_mass, part = np.empty(len(word), mass.dtype), np.empty(most, mass.dtype)
+    level = np.empty(1 << 11, np.int32)
     end_of = 0
     for w in range(words):
         begin = end_of
         total = 0.0
         for j in range(first[w], first[w + 1]):
-            i = order[j]
+            i = j if sorted_by_word else order[j]
             if not mass[i] > 0:
                 continue
             total += mass[i]
@@ -164,9 +176,21 @@ def _merge(word, element, direction, mass, words, budget):  # type: ignore[no-un
                 end_of += 1
         count = end_of - begin
         if 0 <= budget < count:
-            # the lightest of those that stay, by quickselect
-            part[:count] = to_mass[begin:end_of]
-            low, high, target = 0, count - 1, count - budget
+            # in which class of size the lightest is that stays: its exponent and three more bits
+            level[:] = 0
+            size = to_mass[begin:end_of].astype(np.float32).view(np.int32) >> 20
+            for j in range(count):
+                level[size[j]] += 1
+            heavier, least_size = 0, size.max()
+            while heavier + level[least_size] < budget:
+                heavier += level[least_size]
+                least_size -= 1
+            held = 0
+            for j in range(count):
+                part[held] = to_mass[begin + j]
+                held += 1 if size[j] == least_size else 0
+            # which of that class, by quickselect
+            low, high, target = 0, held - 1, held - (budget - heavier)
             while low < high:
                 pivot, left, right = part[(low + high) // 2], low, high
                 while left <= right:
@@ -183,19 +207,17 @@ def _merge(word, element, direction, mass, words, budget):  # type: ignore[no-un
                     low = left
                 else:
                     break
-            least = part[target]
-            ties = budget
+            least, ties = part[target], budget
             for j in range(begin, end_of):
-                if to_mass[j] > least:
-                    ties -= 1
+                ties -= 1 if to_mass[j] > least else 0
             kept, last = 0.0, begin
-            for j in range(begin, end_of):
-                if to_mass[j] == least:
-                    ties -= 1
-                if to_mass[j] > least or (to_mass[j] == least and ties >= 0):
-                    kept += to_mass[j]
-                    to_key[last], to_mass[last] = to_key[j], to_mass[j]
-                    last += 1
+            for j in range(begin, end_of):  # without branches, which would be taken at random
+                moved, equal = to_mass[j], 1 if to_mass[j] == least else 0
+                stays = (1 if moved > least else 0) | (equal & (1 if ties > 0 else 0))
+                ties -= equal
+                to_key[last], to_mass[last] = to_key[j], moved
+                kept += moved * stays
+                last += stays
             for j in range(begin, last):
                 to_mass[j] *= total / kept
             end_of = last
@@ -229,11 +251,7 @@ def _distinct(element, direction):  # type: ignore[no-untyped-def]
 
 def _follow(word, which, mass, index, share, direction):  # type: ignore[no-untyped-def]
     width, turned = index.shape[1], direction.shape[1] - 1
-    count = 0
-    for i in range(len(word)):
-        for k in range(width):
-            if share[which[i], k] * mass[i] > 0:
-                count += 1
+    count = len(word) * width
     to_word, to_element = np.empty(count, np.int64), np.empty(count, np.int64)
     to_direction, to_mass = np.empty(count, direction.dtype), np.empty(count, mass.dtype)
     gave = np.zeros(len(word), mass.dtype)
@@ -247,27 +265,54 @@ def _follow(word, which, mass, index, share, direction):  # type: ignore[no-unty
                 to_direction[at], to_mass[at] = direction[d, min(k, turned)], moved
                 gave[i] += moved
                 at += 1
-    return to_word, to_element, to_direction, to_mass, gave
+    return to_word[:at], to_element[:at], to_direction[:at], to_mass[:at], gave
+
+
+def _transpose(x, y):  # type: ignore[no-untyped-def]
+    for image in range(len(x)):
+        source, target = x[image], y[image]
+        for row in range(0, source.shape[0], _TILE):
+            for column in range(0, source.shape[1], _TILE):
+                last = min(row + _TILE, source.shape[0])
+                for j in range(np.uint64(column), np.uint64(min(column + _TILE, source.shape[1]))):
+                    for i in range(np.uint64(row), np.uint64(last)):
+                        target[j, i] = source[i, j]
 
 
 def _contributors(rows, weights, neurons, direction, geometry, groups, element, share, towards):  # type: ignore[no-untyped-def]
-    filters, taps, channels = weights.shape
+    filters, channels, taps = weights.shape
     out, extent, kernel, stride, padding, dilation = geometry
     places, area = out[0] * out[1] * out[2], extent[0] * extent[1] * extent[2]
-    keep, all_channels = element.shape[1], rows.shape[1]
-    flat_rows, flat_weights = rows.reshape(-1), weights.reshape(-1)
-    for n in range(len(neurons)):
+    all_channels, group, keep = channels * groups, filters // groups, element.shape[1]
+    # in rows, from one position to the next, and from a group's first channel to the next group's
+    step, beyond = (1, area) if channels == 1 else (all_channels, channels)
+    first, order = np.zeros(filters + 1, np.int64), np.empty(len(neurons), np.int64)
+    for row in range(len(neurons)):
+        first[neurons[row] // places % filters + 1] += 1
+    for f in range(filters):
+        first[f + 1] += first[f]
+    for row in range(len(neurons)):
+        f = neurons[row] // places % filters
+        order[first[f]] = row
+        first[f] += 1
+    own, value = np.empty(taps * channels, weights.dtype), np.empty(taps * channels + _LANES, weights.dtype)
+    seen, top = np.empty(taps, np.int64), np.empty(_LANES, weights.dtype)
+    best_of = np.empty(8, weights.dtype)
+    zero, last = rows.dtype.type(0), -1
+    for n in order:
         place = neurons[n] % places
         chosen = neurons[n] // places % filters
         image = neurons[n] // places // filters
+        if chosen != last:  # its weights, channels last
+            last = chosen
+            for tap in range(taps):
+                for i in range(channels):
+                    own[tap * channels + i] = weights[chosen, i, tap]
+        start = image * all_channels * area + chosen // group * beyond
         low_2 = place % out[2] * stride[2] - padding[2]
         low_1 = place // out[2] % out[1] * stride[1] - padding[1]
         low_0 = place // out[2] // out[1] * stride[0] - padding[0]
-        base = chosen // (filters // groups) * channels
-        towards_n, element_n, share_n = towards[n], element[n], share[n]
-        sense = direction[n]
-        held, least = 0, rows.dtype.type(0)
-        tap = -1
+        tap, count = -1, 0  # of all taps, of those inside
         for a in range(kernel[0]):
             at_0 = low_0 + a * dilation[0]
             for b in range(kernel[1]):
@@ -277,34 +322,58 @@ def _contributors(rows, weights, neurons, direction, geometry, groups, element, 
                     at_2 = low_2 + c * dilation[2]
                     if not (0 <= at_0 < extent[0] and 0 <= at_1 < extent[1] and 0 <= at_2 < extent[2]):
                         continue
-                    position = (at_0 * extent[1] + at_1) * extent[2] + at_2
-                    x = np.uint64((image * area + position) * all_channels + base)
-                    w = np.uint64((chosen * taps + tap) * channels)
-                    for begin in range(0, channels, _BLOCK):
-                        end = min(begin + _BLOCK, channels)
-                        better = np.int32(0)  # a count is a vector operation, a search is not
-                        for i in range(np.uint64(begin), np.uint64(end)):
-                            value = flat_rows[x + i] * flat_weights[w + i] * sense
-                            better += np.int32(1) if value > least else np.int32(0)
-                        if better == 0:
-                            continue
-                        for i in range(np.uint64(begin), np.uint64(end)):
-                            value = flat_rows[x + i] * flat_weights[w + i] * sense
-                            if value > least:  # into the sorted list of those kept so far
-                                j = held if held < keep else keep - 1
-                                while j > 0 and share_n[j - 1] < value:
-                                    share_n[j], element_n[j] = share_n[j - 1], element_n[j - 1]
-                                    j -= 1
-                                share_n[j] = value
-                                element_n[j] = (position * channels + np.int64(i)) * 2 + (flat_rows[x + i] < 0)
-                                held = min(held + 1, keep)
-                                if held == keep:
-                                    least = share_n[keep - 1]
-        total = rows.dtype.type(0)
-        for j in range(held):
-            total += share_n[j]
-        for j in range(held):
-            share_n[j] /= total
-            towards_n[j] = 1 - 2 * (element_n[j] & 1)
-            position, i = (element_n[j] >> 1) // channels, (element_n[j] >> 1) % channels
-            element_n[j] = (image * all_channels + base + i) * area + position
+                    seen[count] = (at_0 * extent[1] + at_1) * extent[2] + at_2
+                    x, w = np.uint64(start + seen[count] * step), np.uint64(tap * channels)
+                    v = np.uint64(count * channels)
+                    for i in range(np.uint64(channels)):
+                        value[v + i] = rows[x + i] * own[w + i] * direction[n]
+                    count += 1
+        kept, which = share[n], element[n]
+        numbers = count * channels
+        value[numbers : numbers + _LANES] = zero
+        # the largest of each lane, and of those the largest, as often as wanted: a maximum is a vector operation
+        for j in range(np.uint64(_LANES)):
+            top[j] = value[j]
+        for begin in range(np.uint64(_LANES), np.uint64(numbers), np.uint64(_LANES)):
+            for j in range(np.uint64(_LANES)):
+                top[j] = max(top[j], value[begin + j])
+        for j in range(np.uint64(8)):
+            best_of[j] = top[j]
+        for begin in range(np.uint64(8), np.uint64(_LANES), np.uint64(8)):
+            for j in range(np.uint64(8)):
+                best_of[j] = max(best_of[j], top[begin + j])
+        held = 0
+        while held < keep:
+            best = max(
+                max(max(best_of[0], best_of[1]), max(best_of[2], best_of[3])),
+                max(max(best_of[4], best_of[5]), max(best_of[6], best_of[7])),
+            )
+            if not best > zero:
+                break
+            column = 0
+            for j in range(8):
+                column = j if best_of[j] == best else column
+            lane = 0
+            for j in range(column, _LANES, 8):
+                lane = j if top[j] == best else lane
+            found, second = 0, zero
+            for q in range(lane, numbers, _LANES):
+                found = q if value[q] == best else found
+            value[found] = zero
+            for q in range(lane, numbers, _LANES):
+                second = max(second, value[q])
+            top[lane], second = second, zero
+            for j in range(column, _LANES, 8):
+                second = max(second, top[j])
+            best_of[column] = second
+            kept[held], which[held] = best, found
+            held += 1
+        total = zero
+        for k in range(held):
+            total += kept[k]
+        for k in range(held):
+            kept[k] /= total
+            position, i = seen[which[k] // channels], which[k] % channels
+            towards[n, k] = -1 if rows[start + position * step + i] < 0 else 1
+            which[k] = (image * all_channels + chosen // group * channels + i) * area + position
+        kept[held:], which[held:] = 0, 0

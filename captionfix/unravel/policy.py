@@ -184,7 +184,7 @@ def split(contributions: Tensor, keep: int | None, policy: Policy) -> tuple[Tens
             torch.arange(contributions.shape[1], device=contributions.device).expand_as(contributions),
         )
     else:
-        value, column = _largest(contributions, keep)
+        value, column = largest(contributions, keep)
     if policy.opposed == "input":  # the least opposed stands in where nothing agrees
         if value is contributions:
             value, column = contributions.sort(dim=1, descending=True)
@@ -199,7 +199,7 @@ def split(contributions: Tensor, keep: int | None, policy: Policy) -> tuple[Tens
     )
 
 
-def _largest(values: Tensor, keep: int, block: int = 16) -> tuple[Tensor, Tensor]:
+def largest(values: Tensor, keep: int, block: int = 16) -> tuple[Tensor, Tensor]:
     """``values.topk(keep, 1)`` of (D, K): the largest lie in the blocks with the largest maxima, and a maximum is far
     cheaper than a selection.
     """

@@ -12,7 +12,7 @@ from test_evidence import ROWS, evidence, rows_of
 from test_independence import tied
 
 from captionfix.unravel import Policy, kernels, start, walk
-from captionfix.unravel.evidence import settle
+from captionfix.unravel.evidence import Evidence, settle
 
 pytest.importorskip("numba", reason="the compiled loops need numba")
 ENGINE = settings(settings.get_profile("engine"), max_examples=50)
@@ -49,6 +49,23 @@ def test_settled_tables_are_the_same(switched, rows, budget):
     everything = {r[:3] for r in rows_of(evidence(rows))}
     assert {r[:3] for r in loops} <= everything
     assert len({r[:3] for r in loops}) == len(loops)
+
+
+@ENGINE
+@given(seed=st.integers(0, 1000), budget=st.integers(1, 400), kind=st.sampled_from([torch.float32, torch.float64]))
+def test_the_heaviest_of_many_are_the_same(switched, seed, budget, kind):
+    generator = torch.Generator().manual_seed(seed)
+    word, element = (torch.randint(0, most, (1500,), generator=generator) for most in (4, 600))
+    mass = torch.rand(1500, generator=generator, dtype=kind) ** (1 + 40 * torch.rand((), generator=generator))
+    mass[::5] = mass[0]  # equal ones among them
+    table = Evidence(word, element, torch.ones_like(mass), mass / mass.sum())
+    for mine, theirs in zip(*both(switched, lambda: by_word(settle([table], 4, budget))), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4 if kind == torch.float32 else 1e-9, atol=1e-12)
+
+
+def by_word(table):
+    """The sorted masses of each word."""
+    return [table.mass[table.word == word].sort().values for word in range(4)]
 
 
 @ENGINE
@@ -90,6 +107,27 @@ def test_contributors_of_any_convolution_are_the_same(switched, c, seed):
     loops, tensors = both(switched, lambda: ended(walk(trace, [(out, target)], policy), x, len(neurons)))
     for mine, theirs in zip(loops, tensors, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
+
+
+@ENGINE
+@given(channels=st.integers(1, 700), keep=st.sampled_from([1, 4, 16, 90]), seed=st.integers(0, 1000))
+def test_contributors_of_many_channels_are_the_largest(channels, keep, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, channels, 6, generator=generator).round(decimals=1)  # with zeros and equal ones among them
+    weights = torch.randn(5, channels, 2, generator=generator).round(decimals=1)
+    neurons = torch.randperm(25, generator=generator)
+    direction = torch.where(torch.rand(25, generator=generator) < 0.5, -1.0, 1.0)
+    window = kernels.Window((5,), (6,), (2,), (1,), (0,), (1,))
+    element, share, towards = kernels.contributors(x, weights, neurons, direction, window, keep)
+    for n, neuron in enumerate(neurons.tolist()):
+        products = x[0, :, neuron % 5 : neuron % 5 + 2] * weights[neuron // 5] * direction[n]
+        largest = products.flatten().sort(descending=True).values[: share.shape[1]].clamp_min(0)
+        torch.testing.assert_close(share[n], largest / largest.sum().clamp_min(1e-30))
+        kept = element[n][share[n] > 0]
+        assert len(set(kept.tolist())) == len(kept)
+        at, channel = kept % 6 - neuron % 5, kept // 6
+        torch.testing.assert_close(products[channel, at] / largest.sum(), share[n][share[n] > 0])
+        assert (towards[n][share[n] > 0] == torch.where(x[0, channel, kept % 6] < 0, -1.0, 1.0)).all()
 
 
 def recorded(layer, x):

@@ -62,8 +62,8 @@ def convolution(op: Operation, output: int, neurons: Tensor, direction: Tensor, 
     geometry, groups = _geometry(op, weight)
     if policy.plain and policy.convolutions is not None and kernels.usable(weight, direction):
         spatial = kernels.Window(out.shape[1 if unbatched else 2 :], shape[2:], *geometry, groups)
-        rows, taps = _channels_last(slot, shape), _taps(op, weight)
-        found = kernels.contributors(rows, taps, neurons, direction, spatial, policy.convolutions)
+        x = slot.read().reshape(shape).flatten(2)
+        found = kernels.contributors(x, weight.flatten(2), neurons, direction, spatial, policy.convolutions)
         return [Link(slot, *found)]
     channels = weight.shape[1]
     image, filters, *where = coordinates(neurons, (1, *out.shape) if unbatched else out.shape)
@@ -129,15 +129,10 @@ def _kept(contributions: Tensor, policy: Policy, geometry: Geometry) -> tuple[Te
 
 def _rows(op: Operation, slot: Slot, shape: Sequence[int]) -> Tensor:
     if "rows" not in op.memo:
-        x = _channels_last(slot, shape)
+        x = slot.read().reshape(shape).flatten(2).movedim(1, 2).reshape(-1, shape[1])
         op.memo["rows"] = torch.cat([x, x.new_zeros(1, x.shape[1])])
     rows: Tensor = op.memo["rows"]
     return rows
-
-
-def _channels_last(slot: Slot, shape: Sequence[int]) -> Tensor:
-    """(images * positions, channels)"""
-    return slot.read().reshape(shape).flatten(2).movedim(1, 2).reshape(-1, shape[1])
 
 
 def _taps(op: Operation, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ where each element came from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,11 +154,15 @@ def padded(op: Operation, output: int, neurons: Tensor, direction: Tensor, polic
     if _adds_nothing(op):
         return same(slot, neurons, direction)
     widths = op.argument(1, "pad")
-    before = [0] * (len(slot.shape) - len(widths) // 2) + [*widths[::2]][::-1]  # the last dimension comes first
-    where = [at - low for at, low in zip(coordinates(neurons, out.shape), before, strict=True)]
-    pairs = zip(where, slot.shape, strict=True)
-    inside = torch.stack([(at >= 0) & (at < extent) for at, extent in pairs]).all(0)
-    element = torch.where(inside, ravel(where, slot.shape), 0)
+    before = widths[::2][::-1]  # the last dimension comes first
+    lead = len(slot.shape) - len(before)  # dimensions that stay as they are count as one
+    shapes = [(math.prod(shape[:lead]), *shape[lead:]) for shape in (out.shape, slot.shape)]
+    first, *where = coordinates(neurons, shapes[0])
+    where = [at - low if low else at for at, low in zip(where, before, strict=True)]
+    inside = torch.ones_like(neurons, dtype=torch.bool)
+    for at, extent in zip(where, slot.shape[lead:], strict=True):
+        inside &= (at >= 0) & (at < extent)
+    element = torch.where(inside, ravel([first, *where], shapes[1]), 0)
     return [Link(slot, element[:, None], inside.to(direction.dtype)[:, None], direction[:, None])]
 
 

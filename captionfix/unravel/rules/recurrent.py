@@ -102,8 +102,8 @@ def _inputs(
         first, count = int(unit.min()), int(unit.max() - unit.min()) + 1
         weights = torch.cat([weight_x[first : first + count], weight_h[first : first + count]], 1)
         column, share, towards = kernels.contributors(
-            torch.cat([values_x, values_h], 1),
-            weights[:, None],
+            torch.cat([values_x, values_h], 1)[:, :, None],
+            weights[:, :, None],
             row * count + unit - first,
             direction,
             kernels.Window(),

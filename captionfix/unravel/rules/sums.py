@@ -69,7 +69,7 @@ def linear(op: Operation, output: int, neurons: Tensor, direction: Tensor, polic
     features = x.shape[-1]
     values = x.read().reshape(-1, features)
     if policy.plain and keep is not None and kernels.usable(values, direction):
-        found = kernels.contributors(values, rows[:, None], neurons, direction, kernels.Window(), keep)
+        found = kernels.contributors(values[:, :, None], rows[:, :, None], neurons, direction, kernels.Window(), keep)
         return [Link(x, *found)]
     links = []
     for part in chunks(len(neurons), features, neurons.device):
