@@ -9,8 +9,9 @@ operation at all), and an in-place write simply begins the storage's next value.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Value:
     """
 
     __slots__ = (
+        "_producer",
         "base",
         "cells",
         "device",
@@ -55,7 +57,6 @@ class Value:
         "number",
         "parameter",
         "previous",
-        "producer",
         "read_later",
         "reserved",
         "size",
@@ -67,7 +68,7 @@ class Value:
         self.number = number
         self.base: Tensor | None = tensor if producer is None else None
         self.reserved = StorageWeakRef(storage) if producer is not None else None  # else the tensor holds it
-        self.producer = producer
+        self._producer = None if producer is None else weakref.ref(producer)
         self.previous = previous
         self.variable = variable
         self.read_later = False
@@ -75,6 +76,11 @@ class Value:
         self.cells = storage.nbytes() // self.size
         self.device, self.dtype = tensor.device, tensor.dtype
         self.parameter = isinstance(tensor, nn.Parameter)
+
+    @property
+    def producer(self) -> Operation | None:
+        # held by its trace: held here too, a trace would be a circle, and its memory stay until such are collected
+        return None if self._producer is None else self._producer()
 
     def keep(self) -> None:
         """Copies the contents away, because the storage is about to be overwritten."""
@@ -155,17 +161,15 @@ class Slot:
         return torch.where(cells <= last, table[cells.clamp(max=last)], -1)
 
 
-@dataclass(eq=False, slots=True)
 class Operation:
     """One recorded operation: its arguments with every tensor replaced by its slot."""
 
-    func: Any
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    module: str
-    outputs: tuple[Slot | None, ...] = ()
-    memo: dict[str, Any] = field(default_factory=dict)
+    __slots__ = ("__weakref__", "args", "func", "kwargs", "memo", "module", "name", "outputs")
+
+    def __init__(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], module: str):
+        self.func, self.name, self.args, self.kwargs, self.module = func, name, args, kwargs, module
+        self.outputs: tuple[Slot | None, ...] = ()
+        self.memo: dict[str, Any] = {}
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or name, whichever way the caller gave it."""

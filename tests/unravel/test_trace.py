@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import product
 
 import pytest
@@ -11,6 +13,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import FOLLOWED, captioner
+from test_conservation import record
 from torch import nn
 from torch.nn.modules import module as hooks
 
@@ -367,3 +370,18 @@ def test_only_what_a_rule_reads_is_held():
     assert norm.value.reserved.expired()
     with pytest.raises(RuntimeError, match="reads=False"):
         norm.read()
+
+
+def test_what_a_pass_held_goes_with_its_trace():
+    network, pixels, tokens = captioner(lambda options: options[0])
+    gc.collect()
+    gc.disable()  # memory must not wait until circles of references are looked for
+    try:
+        trace, _, _, _, logits = record(network, pixels, tokens)
+        walk(trace, [(logits, start(logits, [0, 1]))], FOLLOWED["default"])
+        held = [weakref.ref(operation) for operation in trace.operations]
+        assert len(held) > 5
+        del trace, logits, _
+        assert [made() for made in held] == [None] * len(held)
+    finally:
+        gc.enable()
