@@ -46,6 +46,8 @@ class Rule:
         tables: says the same of full tables, all neurons at once, where it can (see `register_tables`).
         pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements, all mass with
             them; or a function that says so of an operation.
+        alike: whether the rule says the same of an element whichever output it is of, so that evidence on all of them is
+            followed together.
     """
 
     function: Callable[..., list[Link]] | None
@@ -54,6 +56,7 @@ class Rule:
     pointwise: bool | Callable[[Any], bool] = False
     equations: Callable[..., Any] | None = None
     tables: Tables | None = None
+    alike: bool = False
 
     def is_pointwise(self, operation: Any) -> bool:
         """Whether this operation hands each neuron's mass to one element of its own."""
@@ -68,21 +71,24 @@ RULES: dict[str, Rule] = {}
 
 
 def register(
-    *names: str, reads: bool | Iterable[int] = True, pointwise: bool | Callable[[Any], bool] = False
+    *names: str,
+    reads: bool | Iterable[int] = True,
+    pointwise: bool | Callable[[Any], bool] = False,
+    alike: bool = False,
 ) -> Callable[[Callable[..., list[Link]]], Callable[..., list[Link]]]:
     """Registers a rule for operations by the name they have in ``torch.ops.aten``, as ``"conv2d"``.
 
     An in-place form (``relu_``) and every overload follow the same rule. ``reads=False`` promises that the rule does
     not look at its inputs' contents, ``reads=(1,)`` that it looks at those of argument 1 (and of keyword arguments)
     only; ``pointwise=True`` (or a function of the operation that says so), that it gives one link with k = 1, taking
-    distinct neurons to distinct elements.
+    distinct neurons to distinct elements; ``alike=True``, that it does not look at which output is meant.
     """
 
     looked = reads if isinstance(reads, bool) else frozenset(reads)
 
     def decorate(function: Callable[..., list[Link]]) -> Callable[..., list[Link]]:
         for name in names:
-            RULES[name] = Rule(function, reads=looked, pointwise=pointwise)
+            RULES[name] = Rule(function, reads=looked, pointwise=pointwise, alike=alike)
         find.cache_clear()
         return function
 

@@ -204,6 +204,8 @@ def _apply(
         _walk(inner, pending, account, policy, {}, False)
         return
     assert rule.function is not None
+    if rule.alike and len(arrived) > 1:
+        arrived = {min(arrived): settle([*arrived.values()], account.words)}
     for number, evidence in arrived.items():
         if operation.name in DENSE and policy.dense(operation):
             out = operation.outputs[number]

@@ -16,7 +16,7 @@ from ..trace import Operation, Slot
 from .common import chunks, concatenated, sign
 
 
-@register("lstm_cell")
+@register("lstm_cell", alike=True)
 def lstm_cell(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
     """Hochreiter and Schmidhuber's cell with a forget gate, PyTorch's order of gates: i, f, g, o."""
     x, (h, c) = op.args[0], op.args[1]
