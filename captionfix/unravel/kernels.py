@@ -22,7 +22,8 @@ from torch import Tensor
 
 _TYPES = (torch.float32, torch.float64)
 _LANES = 64  # products whose largest is looked for together
-_TILE = 16  # side of what is transposed together
+_TILE = 16  # channels gathered together
+_POSITIONS = 1 << 22  # seen by neurons that are looked up together
 _PRIME = 11400714819323198485  # 2 ** 64 / golden ratio: Fibonacci hashing
 
 
@@ -105,18 +106,14 @@ def contributors(
         agrees), and the contributors' directions.
     """
     size = (len(neurons), min(keep, weights[0].numel()))
-    values = x.numpy()
-    element, share = np.zeros(size, np.int64), np.zeros(size, values.dtype)
+    element, share = np.zeros(size, np.int64), np.zeros(size, x.numpy().dtype)
     towards = np.ones_like(share)
-    if weights.shape[1] == 1:  # a neuron sees one channel: it stays as it is
-        rows = np.ascontiguousarray(values)
-    else:
-        rows = values.transpose(0, 2, 1)
-        if not rows.flags.c_contiguous:
-            rows = np.empty(rows.shape, rows.dtype)
-            _compiled(_transpose)(np.ascontiguousarray(values), rows)
-    given = (rows.reshape(-1), weights.contiguous().numpy(), neurons.numpy(), direction.numpy())
-    _compiled(_contributors)(*given, window.numbers(), window.groups, element, share, towards)
+    given, numbers = (x.numpy(), weights.contiguous().numpy()), window.numbers()
+    step = max(1, _POSITIONS // weights.shape[2])
+    for part in (slice(first, first + step) for first in range(0, len(neurons), step)):
+        each = (neurons[part].numpy(), direction[part].numpy())
+        found = (element[part], share[part], towards[part])
+        _compiled(_contributors)(*given, *each, numbers, window.groups, *found)
     return torch.from_numpy(element), torch.from_numpy(share), torch.from_numpy(towards)
 
 
@@ -268,66 +265,81 @@ def _follow(word, which, mass, index, share, direction):  # type: ignore[no-unty
     return to_word[:at], to_element[:at], to_direction[:at], to_mass[:at], gave
 
 
-def _transpose(x, y):  # type: ignore[no-untyped-def]
-    for image in range(len(x)):
-        source, target = x[image], y[image]
-        for row in range(0, source.shape[0], _TILE):
-            for column in range(0, source.shape[1], _TILE):
-                last = min(row + _TILE, source.shape[0])
-                for j in range(np.uint64(column), np.uint64(min(column + _TILE, source.shape[1]))):
-                    for i in range(np.uint64(row), np.uint64(last)):
-                        target[j, i] = source[i, j]
-
-
-def _contributors(rows, weights, neurons, direction, geometry, groups, element, share, towards):  # type: ignore[no-untyped-def]
+def _contributors(x, weights, neurons, direction, geometry, groups, element, share, towards):  # type: ignore[no-untyped-def]
     filters, channels, taps = weights.shape
     out, extent, kernel, stride, padding, dilation = geometry
     places, area = out[0] * out[1] * out[2], extent[0] * extent[1] * extent[2]
     all_channels, group, keep = channels * groups, filters // groups, element.shape[1]
-    # in rows, from one position to the next, and from a group's first channel to the next group's
-    step, beyond = (1, area) if channels == 1 else (all_channels, channels)
+    zero = weights.dtype.type(0)
+    # the input positions that each neuron sees, of all images' (-1 in the padding), and neurons by filter
+    seen, is_seen = np.full((len(neurons), taps), -1), np.zeros(len(x) * area, np.bool_)
     first, order = np.zeros(filters + 1, np.int64), np.empty(len(neurons), np.int64)
-    for row in range(len(neurons)):
-        first[neurons[row] // places % filters + 1] += 1
-    for f in range(filters):
-        first[f + 1] += first[f]
-    for row in range(len(neurons)):
-        f = neurons[row] // places % filters
-        order[first[f]] = row
-        first[f] += 1
-    own, value = np.empty(taps * channels, weights.dtype), np.empty(taps * channels + _LANES, weights.dtype)
-    seen, top = np.empty(taps, np.int64), np.empty(_LANES, weights.dtype)
-    best_of = np.empty(8, weights.dtype)
-    zero, last = rows.dtype.type(0), -1
-    for n in order:
-        place = neurons[n] % places
-        chosen = neurons[n] // places % filters
+    for n in range(len(neurons)):
+        place, tap = neurons[n] % places, -1
+        first[neurons[n] // places % filters + 1] += 1
         image = neurons[n] // places // filters
-        if chosen != last:  # its weights, channels last
-            last = chosen
-            for tap in range(taps):
-                for i in range(channels):
-                    own[tap * channels + i] = weights[chosen, i, tap]
-        start = image * all_channels * area + chosen // group * beyond
         low_2 = place % out[2] * stride[2] - padding[2]
         low_1 = place // out[2] % out[1] * stride[1] - padding[1]
         low_0 = place // out[2] // out[1] * stride[0] - padding[0]
-        tap, count = -1, 0  # of all taps, of those inside
         for a in range(kernel[0]):
             at_0 = low_0 + a * dilation[0]
             for b in range(kernel[1]):
                 at_1 = low_1 + b * dilation[1]
                 for c in range(kernel[2]):
-                    tap += 1
                     at_2 = low_2 + c * dilation[2]
-                    if not (0 <= at_0 < extent[0] and 0 <= at_1 < extent[1] and 0 <= at_2 < extent[2]):
-                        continue
-                    seen[count] = (at_0 * extent[1] + at_1) * extent[2] + at_2
-                    x, w = np.uint64(start + seen[count] * step), np.uint64(tap * channels)
-                    v = np.uint64(count * channels)
-                    for i in range(np.uint64(channels)):
-                        value[v + i] = rows[x + i] * own[w + i] * direction[n]
-                    count += 1
+                    tap += 1
+                    if 0 <= at_0 < extent[0] and 0 <= at_1 < extent[1] and 0 <= at_2 < extent[2]:
+                        seen[n, tap] = image * area + (at_0 * extent[1] + at_1) * extent[2] + at_2
+                        is_seen[seen[n, tap]] = True
+    for f in range(filters):
+        first[f + 1] += first[f]
+    for n in range(len(neurons)):
+        f = neurons[n] // places % filters
+        order[first[f]] = n
+        first[f] += 1
+    # what is seen of the input, channels last, where a neuron sees several
+    where = np.nonzero(is_seen)[0]
+    rows = np.empty((len(where) if channels > 1 else 0, all_channels), weights.dtype)
+    row_of, row = np.empty(len(is_seen), np.int64), 0
+    while row < len(rows):
+        image, first_row = where[row] // area, row
+        while row < len(rows) and where[row] < (image + 1) * area:
+            row_of[where[row]] = row
+            row += 1
+        source = x[image]
+        for begin in range(0, all_channels, _TILE):
+            end = np.uint64(min(begin + _TILE, all_channels))
+            for r in range(np.uint64(first_row), np.uint64(row)):
+                position = np.uint64(where[r] - image * area)
+                for i in range(np.uint64(begin), end):
+                    rows[r, i] = source[i, position]
+    flat = rows.reshape(-1)
+    own, value = np.empty(taps * channels, weights.dtype), np.empty(taps * channels + _LANES, weights.dtype)
+    inside, top, best_of = np.empty(taps, np.int64), np.empty(_LANES, weights.dtype), np.empty(8, weights.dtype)
+    last = -1
+    for o in range(len(order)):
+        n = order[o]
+        chosen = neurons[n] // places % filters
+        base = chosen // group * channels
+        if chosen != last:  # its weights, channels last
+            last = chosen
+            for tap in range(taps):
+                for i in range(channels):
+                    own[tap * channels + i] = weights[chosen, i, tap]
+        count = 0
+        for tap in range(taps):
+            if seen[n, tap] < 0:
+                continue
+            inside[count] = seen[n, tap]
+            if channels == 1:
+                value[count] = x[seen[n, tap] // area, base, seen[n, tap] % area] * own[tap] * direction[n]
+                count += 1
+                continue
+            at = np.uint64(row_of[seen[n, tap]] * all_channels + base)
+            w, v = np.uint64(tap * channels), np.uint64(count * channels)
+            for i in range(np.uint64(channels)):
+                value[v + i] = flat[at + i] * own[w + i] * direction[n]
+            count += 1
         kept, which = share[n], element[n]
         numbers = count * channels
         value[numbers : numbers + _LANES] = zero
@@ -356,9 +368,9 @@ def _contributors(rows, weights, neurons, direction, geometry, groups, element, 
             lane = 0
             for j in range(column, _LANES, 8):
                 lane = j if top[j] == best else lane
-            found, second = 0, zero
-            for q in range(lane, numbers, _LANES):
-                found = q if value[q] == best else found
+            found, second = lane, zero
+            while value[found] != best:
+                found += _LANES
             value[found] = zero
             for q in range(lane, numbers, _LANES):
                 second = max(second, value[q])
@@ -373,7 +385,7 @@ def _contributors(rows, weights, neurons, direction, geometry, groups, element, 
             total += kept[k]
         for k in range(held):
             kept[k] /= total
-            position, i = seen[which[k] // channels], which[k] % channels
-            towards[n, k] = -1 if rows[start + position * step + i] < 0 else 1
-            which[k] = (image * all_channels + chosen // group * channels + i) * area + position
+            position, channel = inside[which[k] // channels], base + which[k] % channels
+            towards[n, k] = -1 if x[position // area, channel, position % area] < 0 else 1
+            which[k] = (position // area * all_channels + channel) * area + position % area
         kept[held:], which[held:] = 0, 0

@@ -46,8 +46,8 @@ class Rule:
         tables: says the same of full tables, all neurons at once, where it can (see `register_tables`).
         pointwise: whether it gives one link with k = 1 that takes distinct neurons to distinct elements, all mass with
             them; or a function that says so of an operation.
-        alike: whether the rule says the same of an element whichever output it is of, so that evidence on all of them is
-            followed together.
+        alike: whether the rule says the same of an element whichever output it is of, so that evidence on all outputs
+            is followed together.
     """
 
     function: Callable[..., list[Link]] | None

@@ -110,15 +110,22 @@ def test_contributors_of_any_convolution_are_the_same(switched, c, seed):
 
 
 @ENGINE
-@given(channels=st.integers(1, 700), keep=st.sampled_from([1, 4, 16, 90]), seed=st.integers(0, 1000))
-def test_contributors_of_many_channels_are_the_largest(channels, keep, seed):
+@given(
+    channels=st.integers(1, 700),
+    keep=st.sampled_from([1, 4, 16, 90]),
+    seed=st.integers(0, 1000),
+    positions=st.sampled_from([1, 14, 1 << 22]),
+)
+def test_contributors_of_many_channels_are_the_largest(channels, keep, seed, positions):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, channels, 6, generator=generator).round(decimals=1)  # with zeros and equal ones among them
     weights = torch.randn(5, channels, 2, generator=generator).round(decimals=1)
     neurons = torch.randperm(25, generator=generator)
     direction = torch.where(torch.rand(25, generator=generator) < 0.5, -1.0, 1.0)
     window = kernels.Window((5,), (6,), (2,), (1,), (0,), (1,))
-    element, share, towards = kernels.contributors(x, weights, neurons, direction, window, keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_POSITIONS", positions)  # as if there were too many neurons to look up together
+        element, share, towards = kernels.contributors(x, weights, neurons, direction, window, keep)
     for n, neuron in enumerate(neurons.tolist()):
         products = x[0, :, neuron % 5 : neuron % 5 + 2] * weights[neuron // 5] * direction[n]
         largest = products.flatten().sort(descending=True).values[: share.shape[1]].clamp_min(0)
