@@ -100,23 +100,30 @@ class Word:
         return result / top if top > 0 else result
 
     def box(self, specific: bool = True, share: float = 0.9) -> Box | None:
-        """The box around the word's fixations, without outliers.
+        """The box around the word's evidence, without outliers.
+
+        Evidence is known to lie in a cell of the feature map, and little finer; so the box reaches half a cell further
+        than the points that hold it. Where fixations are a set, all alike (the policies ``"paper"`` and
+        ``"released"``), it is the published one, around the points themselves.
 
         Args:
-            specific: Whether each fixation counts only with the part of the word's map at its place that is the
-                word's own.
-            share: Part of the mass that the box holds along each axis; with 1 it holds all fixations that are no
-                outliers.
+            specific: Whether each point counts only with the part of the word's map at its place that is the word's
+                own.
+            share: Part of the mass that the box holds along each axis; with 1 it holds all points that are no outliers.
 
         Returns:
             x0, y0, x1, y1 in original pixels, or None for a word without evidence.
         """
         whole = self.explanation
-        points = self.fixations
+        points = self.evidence
         if specific and len(points):
             own, plain = whole.maps(True)[self.index], whole.maps(False)[self.index]
             points = maps.weigh(points, own, plain, whole.window)
-        return maps.box(points, whole.image.size, whole.window, whole.grid, share)
+        margin = (0.0, 0.0)
+        if whole.policy.get("mass") != "set" and self.feature_map.size > 1:
+            (rows, columns), (x0, y0, x1, y1) = self.feature_map.shape, whole.window
+            margin = ((x1 - x0) / columns / 2, (y1 - y0) / rows / 2)
+        return maps.box(points, whole.image.size, whole.window, whole.grid, share, margin)
 
     def point(self, specific: bool = True, sigma: float | None = None) -> tuple[float, float] | None:
         """x, y in original pixels of the map's maximum, as the pointing game asks, or None for a word without

@@ -138,12 +138,18 @@ def resize(grid_map: NDArray[np.floating], size: tuple[int, int], window: Box) -
 
 
 def box(
-    points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int], share: float = 0.9
+    points: NDArray[np.floating],
+    size: tuple[int, int],
+    window: Box,
+    grid: tuple[int, int],
+    share: float = 0.9,
+    margin: tuple[float, float] = (0.0, 0.0),
 ) -> Box | None:
-    """The box around a word's fixations.
+    """The box around a word's points.
 
     Outliers are dropped; then each axis by itself is cut to the central part that holds ``share`` of the mass. The
-    box reaches to the outer edges of the input's pixels that hold it, and not beyond the image.
+    box reaches to the outer edges of the input's pixels that hold it, or by ``margin`` further than their middles where
+    that is more, and not beyond the image.
 
     Args:
         points: (n, 3): x, y in original pixels, mass.
@@ -151,9 +157,10 @@ def box(
         window: The part of the original that the CNN's input shows.
         grid: Width and height of the input.
         share: Part of the mass to hold along each axis, 0 < share <= 1; with 1 all that are no outliers.
+        margin: How far points may be from where they are said to be, in original pixels, across and down.
 
     Returns:
-        x0, y0, x1, y1 in original pixels, or None without fixations.
+        x0, y0, x1, y1 in original pixels, or None without points.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, not above 0 and at most 1")
@@ -161,8 +168,9 @@ def box(
     kept = kept[kept[:, 2] > 0]
     if len(kept) == 0:
         return None
-    x0, x1 = _central(kept[:, 0], kept[:, 2], share, (window[2] - window[0]) / grid[0] / 2, size[0])
-    y0, y1 = _central(kept[:, 1], kept[:, 2], share, (window[3] - window[1]) / grid[1] / 2, size[1])
+    half = (window[2] - window[0]) / grid[0] / 2, (window[3] - window[1]) / grid[1] / 2
+    x0, x1 = _central(kept[:, 0], kept[:, 2], share, max(half[0], margin[0]), size[0])
+    y0, y1 = _central(kept[:, 1], kept[:, 2], share, max(half[1], margin[1]), size[1])
     return x0, y0, x1, y1
 
 

@@ -92,13 +92,32 @@ def test_a_stray_fixation_stays_in_the_map_by_its_mass_but_not_where_all_weigh_t
 
 
 def test_box_is_around_the_words_place(explanation: Explanation) -> None:
-    box = explanation["dog"].box()
+    box = published(explanation)["dog"].box()
     assert box is not None
     x0, y0, x1, y1 = box
     assert x0 < 80 < x1
     assert y0 < 120 < y1
     assert (x1 - x0) < 80
     assert (y1 - y0) < 60
+
+
+def published(explanation: Explanation) -> Explanation:
+    """The same as if its fixations were sets."""
+    return replace(explanation, policy={"mass": "set"})
+
+
+def test_box_reaches_half_a_cell_further_but_where_fixations_are_sets(explanation: Explanation) -> None:
+    for specific, share in ((True, 0.9), (False, 0.9), (False, 1.0)):
+        near, far = (each["ball"].box(specific, share) for each in (published(explanation), explanation))
+        assert near is not None
+        half = (320 / 64 / 2, 240 / 64 / 2)  # the points' own pixels, of 64 x 64 in an image of 320 x 240
+        cell = (320 / 4 / 2, 240 / 4 / 2)  # of the 4 x 4 feature map
+        low = [max(0, near[axis] + half[axis] - cell[axis]) for axis in (0, 1)]
+        high = [min(end, near[2 + axis] - half[axis] + cell[axis]) for axis, end in ((0, 320), (1, 240))]
+        assert far == pytest.approx((*low, *high), abs=1e-3)
+    pooled = replace(explanation["ball"], index=0, feature_map=np.ones((1, 1), dtype=np.float32))
+    alone = replace(explanation, words=(pooled,))  # one cell for all says nothing of where
+    assert alone["ball"].box(False) == published(alone)["ball"].box(False)
 
 
 def test_the_window_shifts_everything(invent: Callable[..., Explanation]) -> None:
@@ -161,7 +180,11 @@ def test_what_lies_evenly_is_part_of_the_map_and_no_fixation(explanation: Explan
     alone = partly_even(explanation, 1.0).maps(False)[own.index]
     expected = 0.6 * explanation.maps(False)[own.index] + 0.4 * alone
     np.testing.assert_allclose(mixed.maps(False)[own.index], expected, atol=1e-7)
-    assert own.box(specific=False) == plain.box(specific=False)
+    # 0.6 of the mass is around x = 80, 0.2 on the left corners and 0.2 on the right ones; pixels are 5 wide
+    for share, right in ((0.8, 310.5 + 2.5), (0.5, 170.5 + 2.5)):
+        box = published(mixed)["dog"].box(False, share)
+        assert box is not None
+        assert box[2] == pytest.approx(right)
     np.testing.assert_array_equal(own.fixations, plain.fixations)
 
 
