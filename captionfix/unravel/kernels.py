@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,21 +32,23 @@ class Window(NamedTuple):
     the one position that there is.
     """
 
-    output: Sequence[int] = ()
-    input: Sequence[int] = ()
-    kernel: Sequence[int] = ()
-    stride: Sequence[int] = ()
-    padding: Sequence[int] = ()
-    dilation: Sequence[int] = ()
+    output: tuple[int, ...] = ()
+    input: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
     groups: int = 1
 
-    def numbers(self) -> NDArray[np.int64]:
-        """(6, 3): missing dimensions first, with one position."""
-        table = np.ones((6, 3), np.int64)
-        table[4] = 0
-        for row, numbers in zip(table, self[:6], strict=True):
-            row[3 - len(numbers) :] = numbers
-        return table
+
+@lru_cache(maxsize=1024)
+def _geometry(window: Window) -> NDArray[np.int64]:
+    """(6, 3): a window's numbers, missing dimensions first, with one position."""
+    table = np.ones((6, 3), np.int64)
+    table[4] = 0
+    for row, numbers in zip(table, window[:6], strict=True):
+        row[3 - len(numbers) :] = numbers
+    return table
 
 
 wanted = os.environ.get("CAPTIONFIX_COMPILED", "1") != "0" and importlib.util.find_spec("numba") is not None
@@ -107,13 +109,13 @@ def contributors(
     """
     size = (len(neurons), min(keep, weights[0].numel()))
     element, share = np.zeros(size, np.int64), np.zeros(size, x.numpy().dtype)
-    towards = np.ones_like(share)
-    given, numbers = (x.numpy(), weights.contiguous().numpy()), window.numbers()
+    towards = np.ones(size, share.dtype)
+    given, geometry = (x.numpy(), weights.contiguous().numpy()), _geometry(window)
     step = max(1, _POSITIONS // weights.shape[2])
     for part in (slice(first, first + step) for first in range(0, len(neurons), step)):
         each = (neurons[part].numpy(), direction[part].numpy())
         found = (element[part], share[part], towards[part])
-        _compiled(_contributors)(*given, *each, numbers, window.groups, *found)
+        _compiled(_contributors)(*given, *each, geometry, window.groups, *found)
     return torch.from_numpy(element), torch.from_numpy(share), torch.from_numpy(towards)
 
 

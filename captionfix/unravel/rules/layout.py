@@ -125,6 +125,27 @@ for _name, _signals in _SIGNALS.items():
         register(_name, reads=[i for i in range(10) if i not in _signals])(moved)
 
 
+@register("cat", "concat", "concatenate", reads=False)
+def concatenation(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: Policy) -> list[Link]:
+    """As `moved`, without a table of all elements."""
+    slots, out = op.args[0], op.outputs[output]
+    assert out is not None
+    if any(len(slot.shape) != len(out.shape) for slot in slots):  # an empty one may have any shape
+        return moved(op, output, neurons, direction, policy)
+    axis = op.argument(1, "dim", 0) % len(out.shape)
+    inner = math.prod(out.shape[axis + 1 :])
+    row, at = neurons.div(out.shape[axis] * inner, rounding_mode="floor"), neurons.remainder(out.shape[axis] * inner)
+    links, first = [], 0
+    for slot in slots:
+        width = slot.shape[axis] * inner
+        if slot.value.variable:
+            mine = (at >= first) & (at < first + width)
+            element = torch.where(mine, row * width + (at - first), 0)
+            links.append(Link(slot, element[:, None], mine.to(direction.dtype)[:, None], direction[:, None]))
+        first += width
+    return links
+
+
 @register_tables("cat")
 def parted(
     op: Operation, output: int, mass: Tensor, direction: int, policy: Policy
