@@ -204,12 +204,17 @@ def _both_ways(
         return result
 
     one = all(extent == 1 for extent in operation.args[1].shape[2:]) and padding in ((0,) * dimensions, "valid")
-    mixes = one and groups == 1 and stride == (1,) * dimensions
 
     def transpose(ratio: Tensor, weight: Tensor) -> Tensor:
-        if mixes:  # of the channels at each position: a matrix product
+        if one and groups == 1:  # of the channels at each position: a matrix product
             flat = ratio.flatten(-dimensions)
-            return torch.matmul(weight.flatten(1).t(), flat.reshape(-1, *flat.shape[-2:]))
+            product = torch.matmul(weight.flatten(1).t(), flat.reshape(-1, *flat.shape[-2:]))
+            if stride == (1,) * dimensions:
+                return product
+            spread = product.new_zeros(*product.shape[:2], *slot.shape[-dimensions:])
+            steps = tuple(slice(0, n * s, s) for n, s in zip(ratio.shape[-dimensions:], stride, strict=True))
+            spread[(slice(None), slice(None), *steps)] = product.unflatten(2, ratio.shape[-dimensions:])
+            return spread
         lead = ratio.shape[: ratio.dim() - dimensions - 1]  # words, and images where there is a batch
         size = (lead.numel(), *slot.shape[-dimensions - 1 :])
         grad = ratio.reshape(size[0], *ratio.shape[-dimensions - 1 :])
