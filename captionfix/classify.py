@@ -65,7 +65,7 @@ def explain_classes(
             and height; found by asking ``preprocess`` where it is not said.
         labels: names of the classes, by place or by id. By default those in the module's configuration
             (transformers), or ImageNet's where there are 1000.
-        policy: how much evidence is followed: ``"thorough"``, ``"default"`` or ``"fast"`` (300 or 100 neurons a
+        policy: how much evidence is followed: ``"thorough"``, ``"default"`` or ``"fast"`` (200 or 100 neurons a
             layer), ``"paper"`` (the published sets), ``"released"`` (those of the authors' code), ``"marginal"``, a
             `captionfix.Policy` or its fields.
         crops: 10 as the paper evaluates: the class is the likeliest by the mean over the four corners, the centre and

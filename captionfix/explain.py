@@ -109,7 +109,7 @@ def explain(
             of other tools, for comparison, such as ``"gradcam"``, ``"occlusion"`` or ``"rise:masks=500"`` (all of
             `captionfix.evaluate.methods`), which makes maps on its own and knows no policy, no image share and no
             language credits.
-        policy: how much evidence is followed: ``"default"`` (300 neurons a word in every layer, whatever the CNN's
+        policy: how much evidence is followed: ``"default"`` (200 neurons a word in every layer, whatever the CNN's
             size; thorough where evidence of a whole caption is unraveled once), ``"fast"`` (100 neurons),
             ``"thorough"`` (all of the deep maps, then 1,000 neurons: several times as long), ``"paper"`` (CNN
             Fixations as published; its method is the flow), ``"marginal"``, a `captionfix.Policy` or its fields.

@@ -147,7 +147,7 @@ def test_a_captioner_brings_its_own_setting(captioner, made):
     photos, without_attention = (captionfix.load(name) for name in ("photos", "photos-show-and-tell"))
     assert settle(photos).policy == Policy(neurons=2000, full=400)  # models/photos/config.json
     photos.defaults = {}
-    assert (settle(photos).method, settle(photos).policy) == ("joined", Policy(neurons=300))
+    assert (settle(photos).method, settle(photos).policy) == ("joined", Policy())
     assert settle(without_attention).method == "multiscale"  # models/photos-show-and-tell/config.json
 
 

@@ -26,10 +26,10 @@ def subjects(
         if skip(number):
             continue
         one = generated(captioner, item, plan.beams) if plan.captions == "model" else item
-        yield Subject(captioner, one, number, plan, one.image, _ids(captioner, one.words))
+        yield Subject(captioner, one, number, plan, one.image, ids_of(captioner, one.words))
 
 
-def _ids(captioner: Captioner, words: Sequence[str]) -> tuple[int, ...]:
+def ids_of(captioner: Captioner, words: Sequence[str]) -> tuple[int, ...]:
     unknown = captioner.vocabulary.unknown
     ids = [captioner.vocabulary.id(word) for word in words[: captioner.max_words]]
     return tuple(i if i is not None else unknown if unknown is not None else captioner.vocabulary.end for i in ids)

@@ -46,7 +46,7 @@ class Policy:
 
     sums: int | None = 16
     convolutions: int | None = 4
-    neurons: int | None = 300
+    neurons: int | None = 200
     location: Literal["location", "centre", "released"] = "location"
     winner: bool = False
     linear: int | Literal["sums"] | None = "sums"
