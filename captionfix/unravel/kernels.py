@@ -79,14 +79,13 @@ def distinct(element: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def follow(
-    word: Tensor, which: Tensor, mass: Tensor, index: Tensor, share: Tensor, direction: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows (word, neuron number, mass) moved along a link: (word, element, direction, mass) of what arrives, and what
-    each row gave away.
+    word: Tensor, which: Tensor, mass: Tensor, index: Tensor, share: Tensor, direction: Tensor, moved: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows (word, neuron number, mass) moved along a link: (word, element, direction, mass) of what arrives. What each
+    row gave away is added to ``moved``.
     """
-    found = _compiled(_follow)(
-        word.numpy(), which.numpy(), mass.numpy(), index.numpy(), share.numpy(), direction.numpy()
-    )
+    rows = (word.numpy(), which.numpy(), mass.numpy())
+    found = _compiled(_follow)(*rows, index.numpy(), share.numpy(), direction.numpy(), moved.numpy())
     return tuple(map(torch.from_numpy, found))  # type: ignore[return-value]
 
 
@@ -248,12 +247,11 @@ def _distinct(element, direction):  # type: ignore[no-untyped-def]
     return neurons, towards, which
 
 
-def _follow(word, which, mass, index, share, direction):  # type: ignore[no-untyped-def]
+def _follow(word, which, mass, index, share, direction, gave):  # type: ignore[no-untyped-def]
     width, turned = index.shape[1], direction.shape[1] - 1
     count = len(word) * width
     to_word, to_element = np.empty(count, np.int64), np.empty(count, np.int64)
     to_direction, to_mass = np.empty(count, direction.dtype), np.empty(count, mass.dtype)
-    gave = np.zeros(len(word), mass.dtype)
     at = 0
     for i in range(len(word)):
         d = which[i]
@@ -264,7 +262,7 @@ def _follow(word, which, mass, index, share, direction):  # type: ignore[no-unty
                 to_direction[at], to_mass[at] = direction[d, min(k, turned)], moved
                 gave[i] += moved
                 at += 1
-    return to_word[:at], to_element[:at], to_direction[:at], to_mass[:at], gave
+    return to_word[:at], to_element[:at], to_direction[:at], to_mass[:at]
 
 
 def _contributors(x, weights, neurons, direction, geometry, groups, element, share, towards):  # type: ignore[no-untyped-def]

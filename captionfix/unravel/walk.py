@@ -245,10 +245,9 @@ def _follow(
     moved = torch.zeros_like(evidence.mass)
     for slot, index, share, direction in links:
         if kernels.usable(evidence.mass, share):
-            word, element, turned, mass, gave = kernels.follow(
-                evidence.word, which, evidence.mass, index, share, direction
+            word, element, turned, mass = kernels.follow(
+                evidence.word, which, evidence.mass, index, share, direction, moved
             )
-            moved += gave
             if len(word):
                 pending.setdefault(slot.value, []).append(Evidence(word, slot.cells(element), turned, mass))
             continue

@@ -146,7 +146,7 @@ def group_norm(op: Operation, output: int, neurons: Tensor, direction: Tensor, p
 
 def _affine(op: Operation, position: int, neurons: Tensor, direction: Tensor, channel_axis: int) -> list[Link]:
     slot, weight = _signal(op), op.argument(position, "weight")
-    if weight is not None and bool((weight.read() < 0).any()):
+    if weight is not None and float(weight.read().min()) < 0:
         channel = coordinates(neurons, slot.shape)[channel_axis]
         direction = direction * sign(weight.read())[channel]
     return same(slot, neurons, direction)

@@ -125,7 +125,8 @@ def add(op: Operation, output: int, neurons: Tensor, direction: Tensor, policy: 
     if len(terms) == 1:
         slot, factor = terms[0]
         return same(slot, elements[0], direction if factor > 0 else -direction)
-    values = torch.stack([slot.take(e) * f for (slot, f), e in zip(terms, elements, strict=True)], 1)
+    taken = [slot.take(e) if f == 1 else slot.take(e) * f for (slot, f), e in zip(terms, elements, strict=True)]
+    values = torch.stack(taken, 1)
     column, share = split(values * direction[:, None], policy.sums, policy)
     shares = torch.zeros_like(values).scatter_(1, column, share)
     return [
