@@ -95,7 +95,7 @@ def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_
     each = zip(pixels.split(1), features.split(1), found, strict=True)
     legs = [METHODS["joined"](captioner, image, own, caption, flow) for image, own, flow in each]
     policy = followed(policy, legs)
-    if encoded is None or (policy.full and len(pixels) > 1):
+    if encoded is None:
         parts = zip(pixels.split(1), legs, strict=True)
         return torch.cat([unraveled(map_to_pixels.encode(captioner, p), [leg], policy)[0] for p, leg in parts])
     return torch.cat(unraveled(encoded, legs, policy, range(len(pixels))))

@@ -110,7 +110,7 @@ def explain(
             `captionfix.evaluate.methods`), which makes maps on its own and knows no policy, no image share and no
             language credits.
         policy: how much evidence is followed: ``"default"`` (200 neurons a word in every layer, whatever the CNN's
-            size; thorough where evidence of a whole caption is unraveled once), ``"fast"`` (100 neurons),
+            size; 800 in all where evidence of a whole caption is unraveled once), ``"fast"`` (100 neurons),
             ``"thorough"`` (all of the deep maps, then 1,000 neurons: several times as long), ``"paper"`` (CNN
             Fixations as published; its method is the flow), ``"marginal"``, a `captionfix.Policy` or its fields.
         beams: width of the beam search for the captioner's own caption; 1 is greedy.
@@ -239,7 +239,7 @@ def explain_ids(
             )
         words[i] = _words(captioner, mine, caption, found.get(i), at_map)
     policy = followed(policy, legs)
-    if legs and encoded is not None and not _alone(policy, pixels):
+    if legs and encoded is not None:
         masses = unraveled(encoded, legs, policy, list(captions_of))
     elif legs:
         for i, leg in zip(captions_of, legs, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import map_to_pixels
 from .captioners.captioner import Captioner
-from .unravel import POLICIES, Policy
+from .unravel import Policy
 from .word_to_map import (
     Caption,
     Fill,
@@ -25,7 +25,7 @@ from .word_to_map import (
     removed,
 )
 
-ONCE = 5
+ONCE = 4
 """How many words' neurons evidence of a whole caption may hold, where that is unraveled once."""
 
 
@@ -103,11 +103,10 @@ METHODS: dict[str, Callable[[Captioner, Tensor, Tensor, Caption, Flow], Leg]] = 
 
 def followed(policy: Policy, legs: Sequence[Leg]) -> Policy:
     """What the engine keeps of these legs' evidence. Where all words share it, it is unraveled once for all of them,
-    and there is room for more: the thorough policy instead of the default, and the neurons of `ONCE` words."""
-    if policy.mass == "set" or not any(leg.once for leg in legs):  # published sets stay every word's own
-        return policy
-    kept = POLICIES["thorough"] if policy == POLICIES["default"] else policy
-    return kept if kept.neurons is None else replace(kept, neurons=kept.neurons * ONCE)
+    and there is room for more: the neurons of `ONCE` words."""
+    if policy.mass == "set" or policy.neurons is None or not any(leg.once for leg in legs):
+        return policy  # published sets stay every word's own
+    return replace(policy, neurons=policy.neurons * ONCE)
 
 
 def unraveled(

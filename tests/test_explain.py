@@ -173,7 +173,7 @@ def rounding_of_removal(captioner, explanation):
 def test_a_list_gives_what_single_calls_give(captioner, without_attention, method, policy):
     scenes = [scene(seed, split="test") for seed in (6, 7, 9)]
     captions = [s.caption for s in scenes]
-    if method is None:  # a captioner whose captions are unraveled once, thoroughly
+    if method is None:  # a captioner whose captions are unraveled once
         captioner, captions, method = without_attention(1), ["a red star", "a star", "a red red star"], "default"
     assert len({len(caption.split()) for caption in captions[:2]}) == 2
     how = {"method": method, "policy": policy}
@@ -319,11 +319,13 @@ def test_attention_is_refused_where_there_is_none(made, without_attention):
     assert any(abs(word.image_effect) > 1e-4 for word in result)  # the pooled map's mean is itself: zero instead
 
 
-@pytest.mark.parametrize("pool", [1, 2])
-def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(made, without_attention, pool):
+@pytest.mark.parametrize(("pool", "policy", "power"), [(1, "default", 2.5), (1, "thorough", 1.5), (2, "default", None)])
+def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(
+    made, without_attention, pool, policy, power
+):
     """And only such a one: where places are read, the flow counts too."""
     captioner = without_attention(pool)
-    result = captionfix.explain(captioner, made.image, caption="a red star")
+    result = captionfix.explain(captioner, made.image, caption="a red star", policy=policy)
     with torch.no_grad():
         features = captioner.encode(captioner.prepare(Image.fromarray(made.image)).pixels[None])
         ids = captioner.tokenize("a red star")
@@ -342,12 +344,12 @@ def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(ma
     needed = drops.clamp(min=0) / drops.clamp(min=0).sum((1, 2), keepdim=True)
     same = [np.allclose(word.feature_map, cells, atol=1e-3) for word, cells in zip(result, needed, strict=True)]
     assert same == [pool == 1] * 3
-    if pool == 1:  # all fixations are the caption's, so words' masses differ by their places alone, to the power 1.5
+    if pool == 1:  # all fixations are the caption's, so words' masses differ by their places alone, to a power
         places = torch.nn.functional.interpolate(needed[:, None], size=(32, 32), mode="bilinear")[:, 0].numpy()
         first, *others = ({(int(x // 4), int(y // 4)): mass for x, y, mass in word.fixations} for word in result)
         for k, other in enumerate(others, 1):
             shared = [point for point in first if point in other]
-            ratios = [other[x, y] / first[x, y] * (places[0, y, x] / places[k, y, x]) ** 1.5 for x, y in shared]
+            ratios = [other[x, y] / first[x, y] * (places[0, y, x] / places[k, y, x]) ** power for x, y in shared]
             assert len(shared) > 20
             np.testing.assert_allclose(ratios, ratios[0], rtol=0.02)
 
@@ -374,7 +376,7 @@ def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner
         if policy.neurons is None:
             mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known], policy, torch.full((int(known.sum()),), i))
         else:
-            more = Policy(neurons=5000, full=256)  # also by the default: it is for all words
+            more = Policy(neurons=4 * policy.neurons, full=policy.full)  # it is for all words
             mass, _ = map_to_pixels.pixels(encoded, leg.evidence[known].mean(0, keepdim=True), more, torch.tensor([i]))
         fixations = mass.mean(0) * torch.ones(len(known), 1, 1) * known[:, None, None]
         expected = map_to_pixels.agreeing(fixations, leg.place, even=0.2, power=1.5)
