@@ -162,9 +162,9 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
 def invented(features: Tensor, words: int, decoder: str) -> list[Leg]:
     """Legs as the default's, with random evidence for each word of each image of a batch."""
     places = torch.rand(len(features), words, *features.shape[2:], device=features.device)
-    common = 1.0 if decoder == "show-tell" else 0.5
+    common, few = (1.0, (0.8, 5.0)) if decoder == "show-tell" else (0.5, (0.6, 2.5))
     return [
-        Leg(map_to_pixels.channels(one, place), place, common, even=0.3, power=1.5, few=(0.6, 2.5))
+        Leg(map_to_pixels.channels(one, place), place, common, even=0.3, power=1.5, few=few)
         for one, place in zip(features, places, strict=True)
     ]
 

@@ -60,11 +60,11 @@ def _by_join(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Ca
     if reads_the_mean(captioner, features, caption):
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
         start = place = removed(captioner, features, caption, found, "mean")
-        common = 1.0
+        common, few = 1.0, (0.8, 5.0)
     else:
         start, place = joined(captioner, features, caption, found)
-        common = 0.5
-    return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5, few=(0.6, 2.5))
+        common, few = 0.5, (0.6, 2.5)
+    return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5, few=few)
 
 
 def _by_scales(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:

@@ -319,7 +319,7 @@ def test_attention_is_refused_where_there_is_none(made, without_attention):
     assert any(abs(word.image_effect) > 1e-4 for word in result)  # the pooled map's mean is itself: zero instead
 
 
-@pytest.mark.parametrize(("pool", "policy", "power"), [(1, "default", 2.5), (1, "thorough", 1.5), (2, "default", None)])
+@pytest.mark.parametrize(("pool", "policy", "power"), [(1, "default", 5), (1, "thorough", 1.5), (2, "default", None)])
 def test_a_decoder_that_reads_the_mean_alone_starts_from_what_cells_add_to_it(
     made, without_attention, pool, policy, power
 ):
