@@ -369,7 +369,7 @@ def _contributors(x, weights, neurons, direction, geometry, groups, element, sha
             for j in range(column, _LANES, 8):
                 lane = j if top[j] == best else lane
             found, second = lane, zero
-            while value[found] != best:
+            while value[found] != best and found + _LANES < numbers:  # which it is at last, but for NaN
                 found += _LANES
             value[found] = zero
             for q in range(lane, numbers, _LANES):

@@ -137,6 +137,18 @@ def test_contributors_of_many_channels_are_the_largest(channels, keep, seed, pos
         assert (towards[n][share[n] > 0] == torch.where(x[0, channel, kept % 6] < 0, -1.0, 1.0)).all()
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("keep", [1, 4, 16])
+def test_numbers_that_are_not_finite_lead_to_no_element_that_is_not_there(odd, keep):
+    """A network may clip what has overflowed before, so that its output shows nothing of it."""
+    x, weights = torch.randn(1, 300, 4), torch.randn(5, 300, 2)
+    x[0, ::7, 1], x[0, 5::11] = odd, 0
+    window = kernels.Window((3,), (4,), (2,), (1,), (0,), (1,))
+    element, _, _ = kernels.contributors(x, weights, torch.arange(15), torch.ones(15), window, keep)
+    assert element.shape == (15, keep)
+    assert 0 <= int(element.min()) <= int(element.max()) < x.numel()
+
+
 def recorded(layer, x):
     from captionfix.unravel import Trace
 
