@@ -32,7 +32,7 @@ from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
-from captionfix.legs import METHODS, Leg, followed, unraveled
+from captionfix.legs import METHODS, Leg, followed, unraveled, weighed
 from captionfix.unravel import Policy
 
 # name: (CNN, its channels, side of its input)
@@ -139,7 +139,8 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 "removal": lambda: word_to_map.removal(captioner, features, caption),
                 "flow": lambda: word_to_map.flow(captioner, features, caption, default),
             }
-            for name, policy in POLICIES.items():
+            own = {"own setting": Policy.named(captioner.defaults["policy"])} if cnn == "photos" else {}
+            for name, policy in {**POLICIES, **own}.items():
                 kept = followed(policy, [leg])
                 measured[f"unravel, {name}"] = lambda kept=kept: unraveled(encoded, [leg], kept)
             for name in ("default", "thorough"):
@@ -162,11 +163,9 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
 def invented(features: Tensor, words: int, decoder: str) -> list[Leg]:
     """Legs as the default's, with random evidence for each word of each image of a batch."""
     places = torch.rand(len(features), words, *features.shape[2:], device=features.device)
-    common, few = (1.0, (0.8, 5.0)) if decoder == "show-tell" else (0.5, (0.6, 2.5))
-    return [
-        Leg(map_to_pixels.channels(one, place), place, common, even=0.3, power=1.5, few=few)
-        for one, place in zip(features, places, strict=True)
-    ]
+    once = decoder == "show-tell"
+    pairs = zip(features, places, strict=True)
+    return [weighed(map_to_pixels.channels(one, place), place, once) for one, place in pairs]
 
 
 def started(

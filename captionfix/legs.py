@@ -56,15 +56,24 @@ class Leg(NamedTuple):
         return self.place is not None and self.common == 1
 
 
+def weighed(evidence: Tensor, place: Tensor, once: bool) -> Leg:
+    """A leg as the default weighs it.
+
+    Args:
+        evidence, place: as `Leg`'s.
+        once: whether all of the fixations are the caption's, or half of them.
+    """
+    common, few = (1.0, (0.8, 5.0)) if once else (0.5, (0.6, 2.5))
+    return Leg(evidence, place, common, even=0.3, power=1.5, few=few)
+
+
 def _by_join(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
     if reads_the_mean(captioner, features, caption):
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
-        start = place = removed(captioner, features, caption, found, "mean")
-        common, few = 1.0, (0.8, 5.0)
-    else:
-        start, place = joined(captioner, features, caption, found)
-        common, few = 0.5, (0.6, 2.5)
-    return Leg(map_to_pixels.channels(features[0], start), place, common, even=0.3, power=1.5, few=few)
+        place = removed(captioner, features, caption, found, "mean")
+        return weighed(map_to_pixels.channels(features[0], place), place, once=True)
+    start, place = joined(captioner, features, caption, found)
+    return weighed(map_to_pixels.channels(features[0], start), place, once=False)
 
 
 def _by_scales(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:

@@ -29,7 +29,7 @@ def box_of(heatmap: Map, threshold: float = THRESHOLD) -> Box | None:
     largest connected part (neighbours share a side; of equal parts the first in reading order).
 
     Zhou et al. 2016, "Learning deep features for discriminative localization", with their 20 %. One rule for all
-    methods; `captionfix.Word.box` has a rule of its own, made for fixations.
+    methods; `captionfix.Word.box` has a rule of its own, made for points.
 
     Returns:
         x0, y0, x1, y1 in pixels of the map, the far edges exclusive, or None for an empty map.

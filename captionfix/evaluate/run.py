@@ -30,6 +30,7 @@ def subjects(
 
 
 def ids_of(captioner: Captioner, words: Sequence[str]) -> tuple[int, ...]:
+    """A caption's words as ids, as many as the captioner takes; a word it does not know as its unknown word."""
     unknown = captioner.vocabulary.unknown
     ids = [captioner.vocabulary.id(word) for word in words[: captioner.max_words]]
     return tuple(i if i is not None else unknown if unknown is not None else captioner.vocabulary.end for i in ids)
