@@ -93,7 +93,7 @@ def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_
     features = captioner.encode(pixels) if encoded is None else encoded.features
     found = word_to_map.flows(captioner, features, [caption] * len(pixels), policy)
     each = zip(pixels.split(1), features.split(1), found, strict=True)
-    legs = [METHODS["joined"](captioner, image, own, caption, flow) for image, own, flow in each]
+    legs = [METHODS["joined"](captioner, image, own, caption, flow, policy) for image, own, flow in each]
     policy = followed(policy, legs)
     if encoded is None:
         parts = zip(pixels.split(1), legs, strict=True)
@@ -131,7 +131,6 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
             encoded = map_to_pixels.encode(captioner, pixels)
             features = encoded.features
             found = word_to_map.flow(captioner, features, caption, default)
-            leg = METHODS["joined"](captioner, pixels, features, caption, found)
             measured: dict[str, Callable[[], object]] = {
                 "caption": lambda: captioner.logits(pixels, tokens),
                 "encode": lambda: captioner.encode(pixels),
@@ -141,8 +140,9 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
             }
             own = {"own setting": Policy.named(captioner.defaults["policy"])} if cnn == "photos" else {}
             for name, policy in {**POLICIES, **own}.items():
+                leg = METHODS["joined"](captioner, pixels, features, caption, found, policy)
                 kept = followed(policy, [leg])
-                measured[f"unravel, {name}"] = lambda kept=kept: unraveled(encoded, [leg], kept)
+                measured[f"unravel, {name}"] = lambda leg=leg, kept=kept: unraveled(encoded, [leg], kept)
             for name in ("default", "thorough"):
                 measured[f"all of it, {name}"] = lambda name=name: everything(
                     captioner, pixels, caption, POLICIES[name]
@@ -160,21 +160,21 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
                 print(f"  {part:24} {value * 1000:9.1f} ms {value / seconds['caption']:9.2f} of captioning", flush=True)
 
 
-def invented(features: Tensor, words: int, decoder: str) -> list[Leg]:
+def invented(features: Tensor, words: int, decoder: str, policy: Policy) -> list[Leg]:
     """Legs as the default's, with random evidence for each word of each image of a batch."""
     places = torch.rand(len(features), words, *features.shape[2:], device=features.device)
     once = decoder == "show-tell"
     pairs = zip(features, places, strict=True)
-    return [weighed(map_to_pixels.channels(one, place), place, once) for one, place in pairs]
+    return [weighed(map_to_pixels.channels(one, place), place, once, policy) for one, place in pairs]
 
 
 def started(
     captioner: PretrainedCaptioner, pixels: Tensor, words: int, decoder: str, policy: Policy
 ) -> Callable[[], object]:
     """Unravels invented legs as `explain` does: with full tables image by image, else all at once."""
-    kept = followed(policy, invented(captioner.encode(pixels[:1]), words, decoder))
+    kept = followed(policy, invented(captioner.encode(pixels[:1]), words, decoder, policy))
     passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if kept.full else len(pixels))]
-    legs = [invented(each.features, words, decoder) for each in passes]
+    legs = [invented(each.features, words, decoder, policy) for each in passes]
     return lambda: [unraveled(each, own, kept, range(len(own))) for each, own in zip(passes, legs, strict=True)]
 
 

@@ -45,7 +45,7 @@ class Settings:
     """A method, settled: a first leg and a policy, or another tool's maps."""
 
     method: str
-    leg: Callable[[Captioner, Tensor, Tensor, Caption, Flow], Leg] | None = None
+    leg: Callable[[Captioner, Tensor, Tensor, Caption, Flow, Policy], Leg] | None = None
     policy: Policy = field(default_factory=Policy)
     maps: Maps | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of maps
@@ -228,7 +228,7 @@ def explain_ids(
     for i, caption in captions_of.items():
         mine = features[i : i + 1]
         if settings.leg is not None:
-            legs.append(settings.leg(captioner, pixels[i : i + 1], mine, caption, found[i]))
+            legs.append(settings.leg(captioner, pixels[i : i + 1], mine, caption, found[i], policy))
             at_map = legs[-1].evidence.sum(1)
         else:
             assert settings.maps is not None

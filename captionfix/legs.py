@@ -39,8 +39,6 @@ class Leg(NamedTuple):
             unraveled once, from the mean of the words' evidence.
         even: part of a word's evidence that is not followed further than its cells.
         power: of the place's evidence.
-        few: that part and that power where the engine holds few neurons from the feature map on, without full tables:
-            they say less of single pixels. None: the same.
     """
 
     evidence: Tensor
@@ -48,7 +46,6 @@ class Leg(NamedTuple):
     common: float = 0.0
     even: float = 0.0
     power: float = 1.0
-    few: tuple[float, float] | None = None
 
     @property
     def once(self) -> bool:
@@ -56,43 +53,58 @@ class Leg(NamedTuple):
         return self.place is not None and self.common == 1
 
 
-def weighed(evidence: Tensor, place: Tensor, once: bool) -> Leg:
+def weighed(evidence: Tensor, place: Tensor, once: bool, policy: Policy) -> Leg:
     """A leg as the default weighs it.
 
     Args:
         evidence, place: as `Leg`'s.
         once: whether all of the fixations are the caption's, or half of them.
+        policy: what the engine will keep. Few neurons, without full tables, say less of single pixels: more of the
+            evidence lies evenly then, and the place counts for more.
     """
-    common, few = (1.0, (0.8, 5.0)) if once else (0.5, (0.6, 2.5))
-    return Leg(evidence, place, common, even=0.3, power=1.5, few=few)
+    if policy.full or policy.everything:
+        even, power = 0.3, 1.5
+    else:
+        even, power = (0.8, 5.0) if once else (0.6, 2.5)
+    return Leg(evidence, place, 1.0 if once else 0.5, even, power)
 
 
-def _by_join(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_join(
+    captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow, policy: Policy
+) -> Leg:
     if reads_the_mean(captioner, features, caption):
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
         place = removed(captioner, features, caption, found, "mean")
-        return weighed(map_to_pixels.channels(features[0], place), place, once=True)
+        return weighed(map_to_pixels.channels(features[0], place), place, True, policy)
     start, place = joined(captioner, features, caption, found)
-    return weighed(map_to_pixels.channels(features[0], start), place, once=False)
+    return weighed(map_to_pixels.channels(features[0], start), place, False, policy)
 
 
-def _by_scales(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
-    leg = _by_join(captioner, pixels, features, caption, found)
+def _by_scales(
+    captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow, policy: Policy
+) -> Leg:
+    leg = _by_join(captioner, pixels, features, caption, found, policy)
     assert leg.place is not None
     fill: Fill = "mean" if leg.once else "zero"
     place = multiscale(captioner, pixels, leg.place, caption, fill)
-    return leg._replace(place=place, even=0.9, power=2.25, few=None)
+    return leg._replace(place=place, even=0.9, power=2.25)
 
 
-def _by_removal(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_removal(
+    captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow, policy: Policy
+) -> Leg:
     return _by_cells(features, removal(captioner, features, caption))
 
 
-def _by_flow(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_flow(
+    captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow, policy: Policy
+) -> Leg:
     return Leg(normalised(found.features), normalised(found.features.sum(1)))
 
 
-def _by_attention(captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow) -> Leg:
+def _by_attention(
+    captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow, policy: Policy
+) -> Leg:
     return _by_cells(features, attention(captioner, features, caption))
 
 
@@ -101,7 +113,7 @@ def _by_cells(features: Tensor, maps: Tensor) -> Leg:
     return Leg(map_to_pixels.channels(features[0], place), place)
 
 
-METHODS: dict[str, Callable[[Captioner, Tensor, Tensor, Caption, Flow], Leg]] = {
+METHODS: dict[str, Callable[[Captioner, Tensor, Tensor, Caption, Flow, Policy], Leg]] = {
     "joined": _by_join,
     "multiscale": _by_scales,
     "removal": _by_removal,
@@ -131,8 +143,6 @@ def unraveled(
     """
     if policy.mass == "set":  # as published: they stay as they are
         legs = [leg._replace(place=None) for leg in legs]
-    if not policy.full and not policy.everything:
-        legs = [leg if leg.few is None else leg._replace(even=leg.few[0], power=leg.few[1]) for leg in legs]
     once = [leg.once for leg in legs]
     present = [leg.evidence.flatten(1).sum(1) > 0 for leg in legs]
     rows = [

@@ -13,7 +13,7 @@ import captionfix
 from captionfix import map_to_pixels
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
 from captionfix.explain import settle
-from captionfix.legs import Leg, followed, unraveled
+from captionfix.legs import Leg, followed, unraveled, weighed
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
 from captionfix.word_to_map import Caption, removal
@@ -386,15 +386,17 @@ def test_what_a_caption_shares_is_unraveled_once_and_is_its_words_mean(captioner
 
 @pytest.mark.parametrize("policy", ["default", "thorough"])
 def test_more_lies_evenly_where_few_neurons_are_held(captioner, made, policy):
+    """The dials of docs/method.md, and that they reach the pixels."""
+    policy = Policy.named(policy)
     pixels = captioner.prepare(Image.fromarray(made.image)).pixels[None]
     encoded = map_to_pixels.encode(captioner, pixels)
     place = torch.rand(2, *encoded.features.shape[2:])
     place /= place.sum((1, 2), keepdim=True)
-    leg = Leg(map_to_pixels.channels(encoded.features[0], place), place, even=0.25, power=1.0, few=(0.5, 2.0))
-    even, power = leg.few if policy == "default" else (leg.even, leg.power)
-    mass, _ = map_to_pixels.pixels(encoded, leg.evidence, Policy.named(policy))
-    expected = map_to_pixels.agreeing(mass, place, even=even, power=power)
-    torch.testing.assert_close(unraveled(encoded, [leg], Policy.named(policy))[0], expected, atol=1e-6, rtol=1e-3)
+    leg = weighed(map_to_pixels.channels(encoded.features[0], place), place, False, policy)
+    even, power = (0.3, 1.5) if policy.full else (0.6, 2.5)
+    mass, _ = map_to_pixels.pixels(encoded, leg.evidence, policy)
+    expected = map_to_pixels.agreeing(mass, place, 0.5, even, power)
+    torch.testing.assert_close(unraveled(encoded, [leg], policy)[0], expected, atol=1e-6, rtol=1e-3)
 
 
 def test_weights_that_are_not_finite_are_an_error(made):
