@@ -7,7 +7,7 @@ classify and to unravel one class with the default policy.
     python benchmarks/architectures.py --list
 
 Weights are random: nothing is downloaded. Sizes are odd on purpose. The architectures are those of the tests
-(``tests/unravel/architectures.py``).
+(``tests/unravel/cnns.py``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from captionfix.errors import CaptionfixError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unravel"))
-from architectures import (
+from cnns import (
     TIMM,
     awake,
     excluded,

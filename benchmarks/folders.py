@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,9 +61,9 @@ def main() -> None:
     print("policy    way               seconds  images/s  times single  processors' seconds  images/s")
     for policy in asked.policies.split(","):
         options = Options(asked.captioner, policy=policy)
-        ways: dict[str, Callable[[Sequence[Item]], int]] = {"single calls": lambda some, o=options: single(some, o)}
+        ways: dict[str, Callable[[Sequence[Item]], int]] = {"single calls": partial(single, options=options)}
         for name, size in sizes.items():
-            ways[f"folder, batch {name}"] = lambda some, o=options, s=size: folder(some, o, asked.workers, s)
+            ways[f"folder, batch {name}"] = partial(folder, options=options, workers=asked.workers, batch=size)
         single(files[:1], options)  # what is made once
         best = dict.fromkeys(ways, (float("inf"), float("inf")))
         words = {}

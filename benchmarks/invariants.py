@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    began, words, operations, kinds = time.perf_counter(), 0, 0, set()
+    began, words, operations = time.perf_counter(), 0, 0
+    kinds: set[str] = set()
     shares: list[float] = []
     worst = dict.fromkeys(FOLLOWED, (0.0, options.seed))
     for seed in range(options.seed, options.seed + options.networks):

@@ -1,4 +1,3 @@
-# ruff: noqa: B023  (what is measured is called before the loop goes on)
 """What explaining costs beside captioning: seconds of each part, and ratios measured in turn in one run.
 
     python benchmarks/speed.py parts --threads 2      # CNNs x decoders, beside Grad-CAM and integrated gradients
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,10 @@ from torch import Tensor
 import captionfix
 from captionfix import map_to_pixels, word_to_map
 from captionfix.captioners import models
+from captionfix.captioners.captioner import Captioner
 from captionfix.captioners.pretrained import PretrainedCaptioner
 from captionfix.evaluate import methods
+from captionfix.explain import settle
 from captionfix.legs import METHODS, Leg, followed, unraveled, weighed
 from captionfix.unravel import Policy
 
@@ -87,7 +89,7 @@ def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Captio
     return word_to_map.Caption(captioner.vocabulary.start, tuple(ids))
 
 
-def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
+def everything(captioner: Captioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
     """All words of all images explained, from pixels to pixels, as `explain` does it: (images x words, H, W)."""
     encoded = None if policy.full and len(pixels) > 1 else map_to_pixels.encode(captioner, pixels)
     features = captioner.encode(pixels) if encoded is None else encoded.features
@@ -99,6 +101,17 @@ def everything(captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_
         parts = zip(pixels.split(1), legs, strict=True)
         return torch.cat([unraveled(map_to_pixels.encode(captioner, p), [leg], policy)[0] for p, leg in parts])
     return torch.cat(unraveled(encoded, legs, policy, range(len(pixels))))
+
+
+def mapped(method: str, captioner: PretrainedCaptioner, pixels: Tensor, caption: word_to_map.Caption) -> list[Tensor]:
+    """Another tool's maps of all words of each image."""
+    maps, options = methods.resolve(method)
+    return [maps(captioner, part, captioner.encode(part), caption, **options) for part in pixels.split(1)]
+
+
+def removals(captioner: PretrainedCaptioner, features: Tensor, caption: word_to_map.Caption) -> list[Tensor]:
+    """Each image's."""
+    return [word_to_map.removal(captioner, one, caption) for one in features.split(1)]
 
 
 def finished() -> None:
@@ -132,27 +145,23 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
             features = encoded.features
             found = word_to_map.flow(captioner, features, caption, default)
             measured: dict[str, Callable[[], object]] = {
-                "caption": lambda: captioner.logits(pixels, tokens),
-                "encode": lambda: captioner.encode(pixels),
-                "encode, recorded": lambda: map_to_pixels.encode(captioner, pixels),
-                "removal": lambda: word_to_map.removal(captioner, features, caption),
-                "flow": lambda: word_to_map.flow(captioner, features, caption, default),
+                "caption": partial(captioner.logits, pixels, tokens),
+                "encode": partial(captioner.encode, pixels),
+                "encode, recorded": partial(map_to_pixels.encode, captioner, pixels),
+                "removal": partial(word_to_map.removal, captioner, features, caption),
+                "flow": partial(word_to_map.flow, captioner, features, caption, default),
             }
-            own = {"own setting": Policy.named(captioner.defaults["policy"])} if cnn == "photos" else {}
-            for name, policy in {**POLICIES, **own}.items():
+            policies = dict(POLICIES)
+            if cnn == "photos":
+                policies["own setting"] = settle(captioner).policy
+            for name, policy in policies.items():
                 leg = METHODS["joined"](captioner, pixels, features, caption, found, policy)
-                kept = followed(policy, [leg])
-                measured[f"unravel, {name}"] = lambda leg=leg, kept=kept: unraveled(encoded, [leg], kept)
+                measured[f"unravel, {name}"] = partial(unraveled, encoded, [leg], followed(policy, [leg]))
             for name in ("default", "thorough"):
-                measured[f"all of it, {name}"] = lambda name=name: everything(
-                    captioner, pixels, caption, POLICIES[name]
-                )
+                measured[f"all of it, {name}"] = partial(everything, captioner, pixels, caption, POLICIES[name])
             others = ["gradcam", "gradcam-shipped", *(["integrated-gradients"] if slow else [])]
             for other in others:
-                maps, options = methods.resolve(other)
-                measured[other] = lambda maps=maps, options=options: maps(
-                    captioner, pixels, captioner.encode(pixels), caption, **options
-                )
+                measured[other] = partial(mapped, other, captioner, pixels, caption)
             with torch.inference_mode():
                 seconds = in_turn(measured, repeat)
             print(f"{cnn}, {decoder}: {side} pixels, 10 words, {torch.get_num_threads()} threads")
@@ -189,7 +198,7 @@ def curves(decoder: str, repeat: int) -> None:
     for words, images, side in settings:
         pixels, caption = picture(side, images), caption_of(captioner, words)
         tokens = caption.inputs(pixels.device).expand(images, -1)
-        measured: dict[str, Callable[[], object]] = {"caption": lambda: captioner.logits(pixels, tokens)}
+        measured: dict[str, Callable[[], object]] = {"caption": partial(captioner.logits, pixels, tokens)}
         for name in ("default", "fast"):
             measured[name] = started(captioner, pixels, words, decoder, POLICIES[name])
         with torch.inference_mode():
@@ -215,21 +224,18 @@ def batch(names: list[str], policies: list[str], repeat: int, images: int, devic
             tokens, captions = caption.inputs(pixels.device).expand(images, -1), [caption] * images
             features = captioner.encode(pixels)
             measured: dict[str, Callable[[], object]] = {
-                "caption": lambda: captioner.logits(pixels, tokens),
-                "caption, beam search": lambda: captioner.generate_from(captioner.encode(pixels), beams=3),
-                "encode": lambda: captioner.encode(pixels),
-                "encode, recorded": lambda: map_to_pixels.encode(captioner, pixels),
-                "removal": lambda: [word_to_map.removal(captioner, one, caption) for one in features.split(1)],
-                "flow": lambda: word_to_map.flows(captioner, features, captions, POLICIES["default"]),
+                "caption": partial(captioner.logits, pixels, tokens),
+                "caption, beam search": partial(captioner.generate, pixels, beams=3),
+                "encode": partial(captioner.encode, pixels),
+                "encode, recorded": partial(map_to_pixels.encode, captioner, pixels),
+                "removal": partial(removals, captioner, features, caption),
+                "flow": partial(word_to_map.flows, captioner, features, captions, POLICIES["default"]),
             }
             for name in policies:
                 policy = POLICIES[name]
                 measured[f"unravel, {name}"] = started(captioner, pixels, 10, decoder, policy)
-                measured[f"all of it, {name}"] = lambda policy=policy: everything(captioner, pixels, caption, policy)
-            maps, options = methods.resolve("gradcam")
-            measured["gradcam"] = lambda maps=maps, options=options: [
-                maps(captioner, part, captioner.encode(part), caption, **options) for part in pixels.split(1)
-            ]
+                measured[f"all of it, {name}"] = partial(everything, captioner, pixels, caption, policy)
+            measured["gradcam"] = partial(mapped, "gradcam", captioner, pixels, caption)
             print(f"{cnn}, {decoder}: {side} pixels", flush=True)
             base = math.nan
             for part, call in measured.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from architectures import (
+from cnns import (
     TIMM,
     TORCHVISION,
     awake,
