@@ -22,10 +22,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import captionfix
 from captionfix import map_to_pixels, word_to_map
@@ -109,6 +111,22 @@ def mapped(method: str, captioner: PretrainedCaptioner, pixels: Tensor, caption:
     return [maps(captioner, part, captioner.encode(part), caption, **options) for part in pixels.split(1)]
 
 
+class Dispatched(TorchDispatchMode):
+    """Sees every operation and does nothing: what recording can't be cheaper than."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(captioner: PretrainedCaptioner, pixels: Tensor) -> Tensor:
+    with Dispatched():
+        return captioner.encode(pixels)
+
+
 def removals(captioner: PretrainedCaptioner, features: Tensor, caption: word_to_map.Caption) -> list[Tensor]:
     """Each image's."""
     return [word_to_map.removal(captioner, one, caption) for one in features.split(1)]
@@ -147,6 +165,7 @@ def parts(names: list[str], repeat: int, slow: bool) -> None:
             measured: dict[str, Callable[[], object]] = {
                 "caption": partial(captioner.logits, pixels, tokens),
                 "encode": partial(captioner.encode, pixels),
+                "encode, dispatched": partial(dispatched, captioner, pixels),
                 "encode, recorded": partial(map_to_pixels.encode, captioner, pixels),
                 "removal": partial(word_to_map.removal, captioner, features, caption),
                 "flow": partial(word_to_map.flow, captioner, features, caption, default),

@@ -184,7 +184,6 @@ def explain_ids(
 ) -> list[Explanation]:
     """`explain` for captions that are word ids already (None: the captioner's own). Images of one size are one
     batch."""
-    given = list(captions)
     prepared = [captioner.prepare(picture) for picture in pictures]
     sizes = [each.pixels.shape for each in prepared]
     if len(set(sizes)) > 1:  # a captioner that keeps each image's own size: a batch for every size
@@ -192,66 +191,40 @@ def explain_ids(
         for size in set(sizes):
             part = [i for i, each in enumerate(sizes) if each == size]
             alike = explain_ids(
-                captioner, [pictures[i] for i in part], [given[i] for i in part], settings, contrast, beams
+                captioner, [pictures[i] for i in part], [captions[i] for i in part], settings, contrast, beams
             )
             explained.update(zip(part, alike, strict=True))
         return [explained[i] for i in range(len(sizes))]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
-    policy = settings.policy
-    encoded = None if settings.leg is None or _alone(policy, pixels) else map_to_pixels.encode(captioner, pixels)
+    # full tables hold every cell of a batch for every word: there images are unraveled one by one
+    alone = len(pixels) > 1 and (settings.policy.full > 0 or settings.policy.everything)
+    encoded = None if settings.leg is None or alone else map_to_pixels.encode(captioner, pixels)
     with torch.inference_mode():
         features = captioner.encode(pixels) if encoded is None else encoded.features
     if not bool(torch.isfinite(features).all()):
         raise CaptionerError(
             f"captioner {captioner.name!r}: its feature map is not finite; its weights are damaged or too large"
         )
-    wanted = [i for i, ids in enumerate(given) if ids is None]
-    if wanted:
-        with torch.inference_mode():
-            generated = captioner.generate_from(features[wanted], beams=beams)
-        for i, made in zip(wanted, generated, strict=True):
-            given[i] = tuple(made)
+    given = _said(captioner, features, captions, beams)
     against = {} if isinstance(contrast, str) else contrast
-    captions_of = {
+    asked = {
         i: Caption(captioner.vocabulary.start, ids, _contrasts(captioner, ids, against))
         for i, ids in enumerate(given)
         if ids
     }
-    found: dict[int, Flow] = {}
-    if settings.leg is not None and captions_of:
-        target: Literal["alternatives", "logit"] = "alternatives" if isinstance(contrast, str) else "logit"
-        own = flows(captioner, features[list(captions_of)], list(captions_of.values()), policy, target)
-        found = dict(zip(captions_of, own, strict=True))
-    words: list[list[Word]] = [[] for _ in given]
-    legs: list[Leg] = []
-    masses: list[Tensor] = []
-    for i, caption in captions_of.items():
-        mine = features[i : i + 1]
-        if settings.leg is not None:
-            legs.append(settings.leg(captioner, pixels[i : i + 1], mine, caption, found[i], policy))
-            at_map = legs[-1].evidence.sum(1)
-        else:
-            assert settings.maps is not None
-            made_maps = settings.maps(captioner, pixels[i : i + 1], mine, caption)
-            masses.append(made_maps[:, None])
-            at_map = normalised(
-                torch.nn.functional.adaptive_avg_pool2d(made_maps, (features.shape[2], features.shape[3]))
-            )
-        words[i] = _words(captioner, mine, caption, found.get(i), at_map)
-    policy = followed(policy, legs)
-    if legs and encoded is not None:
-        masses = unraveled(encoded, legs, policy, list(captions_of))
-    elif legs:
-        for i, leg in zip(captions_of, legs, strict=True):
-            masses += unraveled(map_to_pixels.encode(captioner, pixels[i : i + 1]), [leg], policy)
-    if masses:
-        points = iter(torch.cat(masses).cpu())
-        words = [[_placed(word, next(points), prepared[i]) for word in each] for i, each in enumerate(words)]
+    if settings.leg is None:
+        policy, (masses, found) = settings.policy, _by_maps(captioner, settings, pixels, features, asked)
+    else:
+        alternatives = isinstance(contrast, str)
+        policy, masses, found = _by_legs(captioner, settings, pixels, features, encoded, asked, alternatives)
+    words: list[tuple[Word, ...]] = [()] * len(given)
+    for i, mass, each in zip(asked, masses, found, strict=True):
+        words[i] = tuple(_placed(word, part, prepared[i]) for word, part in zip(each, mass.cpu(), strict=True))
     return [
         Explanation(
             image=picture,
-            words=tuple(each),
-            caption=captioner.text(ids or ()),
+            words=each,
+            caption=captioner.text(ids),
             captioner=captioner.name,
             method=settings.method,
             policy=policy.as_dict() if settings.maps is None else dict(settings.options),
@@ -262,9 +235,64 @@ def explain_ids(
     ]
 
 
-def _alone(policy: Policy, pixels: Tensor) -> bool:
-    """Whether a batch is unraveled image by image: full tables hold every cell of a batch for every word."""
-    return len(pixels) > 1 and (policy.full > 0 or policy.everything)
+def _said(
+    captioner: Captioner, features: Tensor, captions: Sequence[tuple[int, ...] | None], beams: int
+) -> list[tuple[int, ...]]:
+    """The captions, and the captioner's own where none is given."""
+    wanted = [i for i, ids in enumerate(captions) if ids is None]
+    own: dict[int, tuple[int, ...]] = {}
+    if wanted:
+        with torch.inference_mode():
+            own = dict(zip(wanted, captioner.generate_from(features[wanted], beams=beams), strict=True))
+    return [tuple(own[i]) if ids is None else ids for i, ids in enumerate(captions)]
+
+
+def _by_legs(
+    captioner: Captioner,
+    settings: Settings,
+    pixels: Tensor,
+    features: Tensor,
+    encoded: map_to_pixels.Encoded | None,
+    captions: Mapping[int, Caption],
+    alternatives: bool,
+) -> tuple[Policy, list[Tensor], list[list[Word]]]:
+    """What the engine kept, and of each caption, by its image's number, the (n, 1 or 2, H, W) masses and the words.
+    Where no pass of the batch is recorded, the images are unraveled one by one."""
+    assert settings.leg is not None
+    if not captions:
+        return settings.policy, [], []
+    chosen = features[list(captions)]
+    found = flows(
+        captioner, chosen, list(captions.values()), settings.policy, "alternatives" if alternatives else "logit"
+    )
+    legs, words = [], []
+    for (i, caption), flow in zip(captions.items(), found, strict=True):
+        image, mine = pixels[i : i + 1], features[i : i + 1]
+        leg = settings.leg(captioner, image, mine, caption, flow, settings.policy)
+        legs.append(leg)
+        words.append(_words(captioner, mine, caption, flow, leg.evidence.sum(1)))
+    policy = followed(settings.policy, legs)
+    if encoded is not None:
+        return policy, unraveled(encoded, legs, policy, list(captions)), words
+    masses = []
+    for i, leg in zip(captions, legs, strict=True):
+        masses += unraveled(map_to_pixels.encode(captioner, pixels[i : i + 1]), [leg], policy)
+    return policy, masses, words
+
+
+def _by_maps(
+    captioner: Captioner, settings: Settings, pixels: Tensor, features: Tensor, captions: Mapping[int, Caption]
+) -> tuple[list[Tensor], list[list[Word]]]:
+    """The same by another tool's maps, which are averaged over the feature map's cells for want of evidence there."""
+    assert settings.maps is not None
+    masses, words = [], []
+    for i, caption in captions.items():
+        image, mine = pixels[i : i + 1], features[i : i + 1]
+        maps = settings.maps(captioner, image, mine, caption)
+        cells = torch.nn.functional.adaptive_avg_pool2d(maps, (features.shape[2], features.shape[3]))
+        masses.append(maps[:, None])
+        words.append(_words(captioner, mine, caption, None, normalised(cells)))
+    return masses, words
 
 
 def _contrasts(captioner: Captioner, ids: Sequence[int], contrast: Mapping[Any, str]) -> tuple[int | None, ...]:
