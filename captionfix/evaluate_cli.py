@@ -77,6 +77,7 @@ def evaluate(
     from captionfix.evaluate.run import fingerprint, run
 
     read = open_data(data, limit, first, split, images)
+    place = data if data == "scenes" else str(Path(data).resolve())
     name = captioner or ("scenes" if data == "scenes" else "photos")
     every = ",".join(n for n in NAMES if n != FIXATIONS[1])  # the default is one of the legs
     chosen = tuple(dict.fromkeys({"fast": FAST, "all": every}.get(methods, methods).replace(" ", "").split(",")))
@@ -88,7 +89,7 @@ def evaluate(
     plan = Plan(
         captioner=name,
         weights=fingerprint(model),
-        data={"data": data, "split": split, **({"first": first} if data == "scenes" else {})},
+        data={"data": place, "split": split, **({"first": first} if data == "scenes" else {})},
         methods=chosen,
         metrics=wanted,
         captions=captions.value,

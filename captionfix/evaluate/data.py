@@ -146,6 +146,8 @@ def lines(path: Path | str, limit: int | None = None) -> Iterator[Grounded]:
                     )
                     for caption in record["captions"]
                 ]
+                if not references:
+                    raise ValueError("no captions")
                 yield grounded(record["photo"], photo, references)
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise DataError(f"{path}, line {number + 1}: not of the lines format ({error!r})") from error

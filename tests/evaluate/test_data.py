@@ -48,6 +48,9 @@ def test_damaged_lines_are_named(tmp_path):
     (tmp_path / "dev.jsonl").write_text('{"photo": "a.png"}\n')
     with pytest.raises(DataError, match="line 1"):
         list(data.lines(tmp_path / "dev.jsonl"))
+    (tmp_path / "empty.jsonl").write_text('{"photo": "a.png", "captions": []}\n')
+    with pytest.raises(DataError, match=r"line 1.*no captions"):
+        list(data.lines(tmp_path / "empty.jsonl"))
     with pytest.raises(DataError, match="no such file"):
         list(data.lines(tmp_path / "none.jsonl"))
 

@@ -202,7 +202,7 @@ def test_weights_have_a_fingerprint(captioners):
     assert one == fingerprint(captioners["show-attend-tell"]) != other
 
 
-def test_command_line(captioner, photographs, tmp_path, capsys):
+def test_command_line(captioner, photographs, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "captioner"
     folder.mkdir()
     captioner.save(folder)
@@ -240,6 +240,11 @@ def test_command_line(captioner, photographs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*options, "--out", str(out)])
     assert (out / "scores.jsonl").read_bytes() == scores  # nothing is done twice
+    monkeypatch.chdir(photographs.parent)
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", photographs.name, *options[2:], "--out", str(out)])
+    assert not end.value.code  # by whatever path, they are the same data
+    assert (out / "scores.jsonl").read_bytes() == scores
 
 
 def test_command_line_says_what_is_wrong(tmp_path, capsys):
