@@ -93,7 +93,7 @@ def caption_of(captioner: PretrainedCaptioner, words: int) -> word_to_map.Captio
 
 def everything(captioner: Captioner, pixels: Tensor, caption: word_to_map.Caption, policy: Policy) -> Tensor:
     """All words of all images explained, from pixels to pixels, as `explain` does it: (images x words, H, W)."""
-    encoded = None if policy.full and len(pixels) > 1 else map_to_pixels.encode(captioner, pixels)
+    encoded = None if policy.tables and len(pixels) > 1 else map_to_pixels.encode(captioner, pixels)
     features = captioner.encode(pixels) if encoded is None else encoded.features
     found = word_to_map.flows(captioner, features, [caption] * len(pixels), policy)
     each = zip(pixels.split(1), features.split(1), found, strict=True)
@@ -201,7 +201,7 @@ def started(
 ) -> Callable[[], object]:
     """Unravels invented legs as `explain` does: with full tables image by image, else all at once."""
     kept = followed(policy, invented(captioner.encode(pixels[:1]), words, decoder, policy))
-    passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if kept.full else len(pixels))]
+    passes = [map_to_pixels.encode(captioner, part) for part in pixels.split(1 if kept.tables else len(pixels))]
     legs = [invented(each.features, words, decoder, policy) for each in passes]
     return lambda: [unraveled(each, own, kept, range(len(own))) for each, own in zip(passes, legs, strict=True)]
 

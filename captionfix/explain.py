@@ -197,7 +197,7 @@ def explain_ids(
         return [explained[i] for i in range(len(sizes))]
     pixels = torch.stack([p.pixels for p in prepared]).to(captioner.device)
     # full tables hold every cell of a batch for every word: there images are unraveled one by one
-    alone = len(pixels) > 1 and (settings.policy.full > 0 or settings.policy.everything)
+    alone = len(pixels) > 1 and settings.policy.tables
     encoded = None if settings.leg is None or alone else map_to_pixels.encode(captioner, pixels)
     with torch.inference_mode():
         features = captioner.encode(pixels) if encoded is None else encoded.features

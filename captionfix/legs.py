@@ -62,7 +62,7 @@ def weighed(evidence: Tensor, place: Tensor, once: bool, policy: Policy) -> Leg:
         policy: what the engine will keep. Few neurons, without full tables, say less of single pixels: more of the
             evidence lies evenly then, and the place counts for more.
     """
-    if policy.full or policy.everything:
+    if policy.tables:
         even, power = 0.3, 1.5
     else:
         even, power = (0.8, 5.0) if once else (0.6, 2.5)

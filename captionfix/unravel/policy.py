@@ -109,6 +109,11 @@ class Policy:
         )
 
     @property
+    def tables(self) -> bool:
+        """Whether full tables are held from the targets on, of some maps or of all."""
+        return self.full > 0 or self.everything
+
+    @property
     def unlimited(self) -> Policy:
         """The same with everything kept."""
         return replace(
