@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -147,6 +153,83 @@ def test_numbers_that_are_not_finite_lead_to_no_element_that_is_not_there(odd, k
     element, _, _ = kernels.contributors(x, weights, torch.arange(15), torch.ones(15), window, keep)
     assert element.shape == (15, keep)
     assert 0 <= int(element.min()) <= int(element.max()) < x.numel()
+
+
+def looked_up(seed, neurons=400):
+    """What a convolution's look-up is asked, with equal contributions among it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 96, 100, generator=generator).round(decimals=1)
+    weights = torch.randn(40, 96, 9, generator=generator).round(decimals=1)
+    window = kernels.Window((10, 10), (10, 10), (3, 3), (1, 1), (1, 1), (1, 1))
+    chosen = torch.randperm(2 * 40 * 100, generator=generator)[:neurons]
+    direction = torch.where(torch.rand(neurons, generator=generator) < 0.3, -1.0, 1.0)
+    return x, weights, chosen, direction, window, 4
+
+
+def alike(mine, theirs):
+    return all(torch.equal(m, t) for m, t in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 400])
+def test_parts_give_what_one_gives(parts, monkeypatch):
+    asked, word = looked_up(0), torch.arange(7).repeat_interleave(600)
+    generator = torch.Generator().manual_seed(0)
+    rows = (word, torch.randint(0, 300, word.shape, generator=generator), torch.ones(len(word)), torch.rand(len(word)))
+    results = []
+    for count in (1, parts):
+        monkeypatch.setattr(kernels, "_processors", lambda most, count=count: nullcontext(min(count, most)))
+        results.append((*kernels.contributors(*asked), *kernels.merge(*rows, 7, 50)))
+    assert alike(*results)
+    assert len(results[0][3]) == 7 * 50
+
+
+def test_processors_are_used_and_threads_stay_as_they_were(monkeypatch):
+    import numba
+
+    from captionfix.unravel import loops
+
+    monkeypatch.setattr(kernels, "_alone", False)
+    asked, seen, before = looked_up(1), [], torch.get_num_threads()
+    compute = loops.contributors
+    monkeypatch.setattr(loops, "contributors", lambda *given: seen.append(given[-1]) or compute(*given))
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            kernels.contributors(*asked)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, min(2, numba.get_num_threads())]
+    assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+
+
+def test_several_threads_may_look_up_at_once():
+    asked = [looked_up(seed) for seed in range(8)]
+    alone = [kernels.contributors(*each) for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda each: kernels.contributors(*each), asked * 10))
+    assert all(alike(mine, theirs) for mine, theirs in zip(together, alone * 10, strict=True))
+
+
+FORKED = """
+import os, sys, torch
+from captionfix.unravel import kernels
+
+torch.set_num_threads(2)
+window = kernels.Window((10, 10), (10, 10), (3, 3), (1, 1), (1, 1), (1, 1))
+asked = (torch.randn(1, 96, 100), torch.randn(40, 96, 9), torch.randperm(4000)[:800], torch.ones(800), window, 4)
+before = kernels.contributors(*asked)
+child = os.fork()
+if not child:
+    os._exit(0 if all(map(torch.equal, kernels.contributors(*asked), before)) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_looks_up_alone():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def recorded(layer, x):
