@@ -329,7 +329,7 @@ def _words(captioner: Captioner, features: Tensor, caption: Caption, found: Flow
     earlier = ["<start>", *texts]
     contrast = caption.contrast or (None,) * len(texts)
     maps = at_map.float().cpu().numpy()
-    effect = image_effect(captioner, features, caption)
+    effect = image_effect(captioner, features, caption) if found is None else found.image_effect
     shares, others, tokens = [math.nan] * len(texts), [math.nan] * len(texts), None
     if found is not None:
         shares, tokens = found.image_share.clamp_max(1).tolist(), found.tokens.tolist()

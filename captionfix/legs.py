@@ -20,7 +20,6 @@ from .word_to_map import (
     joined,
     multiscale,
     normalised,
-    reads_the_mean,
     removal,
     removed,
 )
@@ -72,7 +71,7 @@ def weighed(evidence: Tensor, place: Tensor, once: bool, policy: Policy) -> Leg:
 def _by_join(
     captioner: Captioner, pixels: Tensor, features: Tensor, caption: Caption, found: Flow, policy: Policy
 ) -> Leg:
-    if reads_the_mean(captioner, features, caption):
+    if found.reads_the_mean:
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
         place = removed(captioner, features, caption, found, "mean")
         return weighed(map_to_pixels.channels(features[0], place), place, True, policy)

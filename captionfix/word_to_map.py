@@ -80,46 +80,42 @@ def removal(
     """
     height, width = features.shape[2:]
     filling = features.mean((2, 3), keepdim=True) if fill == "mean" else torch.zeros_like(features[:, :, :1, :1])
-    cells = torch.arange(height * width, device=features.device)
-    rows, columns = torch.arange(height, device=features.device), torch.arange(width, device=features.device)
-    reach = size // 2
+    row = torch.arange(height, device=features.device)[:, None].expand(height, width)
+    column = torch.arange(width, device=features.device).expand(height, width)
+    down, across = ((at.flatten()[:, None, None] - at).abs() for at in (row, column))
+    none = torch.zeros(1, height, width, dtype=torch.bool, device=features.device)
+    gone = torch.cat([none, (down <= size // 2) & (across <= size // 2)])
     tokens = caption.inputs(features.device)
-    whole = caption.scores(captioner.decode(features, tokens))
-    without = []
-    for part in cells.split(batch):
-        row, column = part // width, part % width
-        out = ((rows[None, :, None] - row[:, None, None]).abs() <= reach) & (
-            (columns[None, None, :] - column[:, None, None]).abs() <= reach
-        )
-        without.append(caption.scores(captioner.decode_without(features, out, filling, tokens)))
-    return (whole - torch.cat(without)).T.reshape(-1, height, width)
+    parts = [caption.scores(captioner.decode_without(features, part, filling, tokens)) for part in gone.split(batch)]
+    whole, *without = torch.cat(parts)
+    return (whole - torch.stack(without)).T.reshape(-1, height, width)
 
 
+@torch.inference_mode()
 def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
     """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses
     when it can no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that;
     for it every cell is set to zero instead."""
-    whole, blank, zero = _blanked(captioner, features, caption)
-    return whole - (zero if _alike(whole, blank) else blank)
+    tokens = caption.inputs(features.device)
+    return _blanked(captioner, features, [caption], tokens, captioner.decode(features, tokens))[0][0]
 
 
-def reads_the_mean(captioner: Captioner, features: Tensor, caption: Caption) -> bool:
-    """Whether the decoder sees nothing of the feature map but the mean of its cells, as Show and Tell does."""
-    whole, blank, _ = _blanked(captioner, features, caption)
-    return _alike(whole, blank)
+def _blanked(
+    captioner: Captioner, features: Tensor, captions: Sequence[Caption], tokens: Tensor, logits: Tensor
+) -> list[tuple[Tensor, bool]]:
+    """Of each caption the effect of its image (`image_effect`), and whether the decoder sees nothing of the feature map
+    but the mean of its cells, as Show and Tell does. ``tokens`` (B, T) and ``logits`` (B, T, V) are theirs, filled up.
+    """
 
+    def scores(logits: Tensor) -> list[Tensor]:
+        plain = [Caption(caption.start, caption.ids) for caption in captions]
+        return [c.scores(said[None, : len(c.ids)])[0] for c, said in zip(plain, logits, strict=True)]
 
-@torch.inference_mode()
-def _blanked(captioner: Captioner, features: Tensor, caption: Caption) -> Tensor:
-    """(3, n): each word's log-probability from the map as it is, with its mean in every cell, with zero in each."""
-    mean = features.mean((2, 3), keepdim=True).expand_as(features)
-    maps = torch.cat([features, mean, torch.zeros_like(features)])
-    tokens = caption.inputs(features.device).expand(3, -1)
-    return Caption(caption.start, caption.ids).scores(captioner.decode(maps, tokens))
-
-
-def _alike(whole: Tensor, blank: Tensor) -> bool:
-    return torch.allclose(whole, blank, atol=1e-4)
+    whole = scores(logits)
+    blank = scores(captioner.decode(features.mean((2, 3), keepdim=True).expand_as(features), tokens))
+    alike = [torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, blank, strict=True)]
+    zero = scores(captioner.decode(torch.zeros_like(features), tokens)) if any(alike) else blank
+    return [(w - (z if same else b), same) for w, b, z, same in zip(whole, blank, zero, alike, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -131,12 +127,17 @@ class Flow:
         tokens: (n, n) mass on each token that was fed: the start, then the words.
         other: (n,) mass on biases and prior states.
         logits: (n, V) of the recorded pass.
+        image_effect: (n,) nats, see the function of that name.
+        reads_the_mean: whether the decoder sees nothing of the feature map but the mean of its cells, as Show and Tell
+            does.
     """
 
     features: Tensor
     tokens: Tensor
     other: Tensor
     logits: Tensor
+    image_effect: Tensor
+    reads_the_mean: bool
 
     @property
     def image_share(self) -> Tensor:
@@ -220,8 +221,12 @@ def flows(
         at_map = own(at_features, size).view(count, *features.shape[1:])
         fed_mass = own(at_tokens, longest)
         rest = account.rest([at_features, at_tokens]) + account.bias + found[2]
-        parts = zip(at_map.split(counts), fed_mass.split(counts), rest.split(counts), logits, counts, strict=True)
-        return [Flow(at_map, tokens[:, :n], other, said[:n]) for at_map, tokens, other, said, n in parts]
+        blank = _blanked(captioner, features, captions, tokens, logits)
+        parts = zip(at_map.split(counts), fed_mass.split(counts), rest.split(counts), logits, blank, strict=True)
+        return [
+            Flow(at_map, tokens[:, : len(other)], other, said[: len(other)], *effect)
+            for at_map, tokens, other, said, effect in parts
+        ]
 
 
 def _targets(

@@ -90,7 +90,7 @@ def test_the_flows_of_a_batch_are_those_of_its_captions(wrapped):
     for k, (caption, found) in enumerate(zip(captions, together, strict=True)):
         alone = flow(captioner, features[k : k + 1], caption, policy)
         for one, other in zip(vars(alone).values(), vars(found).values(), strict=True):
-            assert one.shape == other.shape
+            assert isinstance(one, bool) or one.shape == other.shape
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 

@@ -47,7 +47,7 @@ class Tokenizer:
         Tokenizer(),
         FOUND,
     ],
-    ids=str,
+    ids=lambda given: type(given).__name__,
 )
 def test_forms_of_vocabularies(given):
     assert read_vocabulary(given) == FOUND
