@@ -1,7 +1,4 @@
-"""The loops that numba compiles for `captionfix.unravel.kernels`, on NumPy arrays. Numba must be there.
-
-Parts give what one gives.
-"""
+"""The loops that numba compiles for `captionfix.unravel.kernels`, on NumPy arrays. Numba must be there."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ _TILE = 16  # channels gathered together
 _PRIME = 11400714819323198485  # 2 ** 64 / golden ratio: Fibonacci hashing
 
 
-def _compiled(function: Any, **more: Any) -> Any:
+def _loop(function: Any, **more: Any) -> Any:
     # numbers are finite (checked before), so comparisons may become vector operations
     options = {"error_model": "numpy", "fastmath": {"nnan", "nsz"}, **more}
     try:
@@ -26,8 +23,7 @@ def _compiled(function: Any, **more: Any) -> Any:
         return njit(**options)(function)
 
 
-_loop = _compiled
-_inlined = partial(_compiled, inline="always")  # compiled where it stands, which takes less than linking
+_inlined = partial(_loop, inline="always")  # compiled where it stands, which takes less than linking
 
 
 class _InParts:
@@ -37,8 +33,8 @@ class _InParts:
         others = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "fusion", "stencil")
         alone = FunctionType(function.__code__, function.__globals__)  # numba keeps one result for each name
         alone.__qualname__ += "_alone"
-        self.alone = _compiled(alone)
-        self.together = _compiled(function, parallel={"prange": True, **dict.fromkeys(others, False)})
+        self.alone = _loop(alone)
+        self.together = _loop(function, parallel={"prange": True, **dict.fromkeys(others, False)})
 
     def __call__(self, *arguments: Any) -> Any:  # one processor needs no pool of threads
         return (self.alone if arguments[-1] == 1 else self.together)(*arguments)
@@ -231,20 +227,20 @@ def contributors(x, shape, stride, weights, neurons, direction, geometry, groups
 
     ``x`` is the input's memory, ``shape`` and ``stride`` say what lies where in it.
     """
-    filters, _, taps = weights.shape
+    filters, channels, taps = weights.shape
     out, extent = geometry[0], geometry[1]
     places, area, count = out[0] * out[1] * out[2], extent[0] * extent[1] * extent[2], len(neurons)
     # filter by filter, whose weights are turned once, and no two processors write side by side
     order = _by_filter(neurons, places, filters)
     seen, row_of, where = _positions(neurons, order, geometry, filters, taps, shape[0])
-    rows = np.empty((len(where), shape[1]), x.dtype)
+    rows = np.empty((len(where) if channels > 1 else 0, shape[1]), x.dtype)
     for part in prange(parts):
-        _gather(len(where) * part // parts, len(where) * (part + 1) // parts, x, shape, stride, where, rows)
+        _gather(len(rows) * part // parts, len(rows) * (part + 1) // parts, x, shape, stride, where, rows)
     found, shares = np.zeros((count, keep), np.int64), np.zeros((count, keep), weights.dtype)
     turned = np.ones((count, keep), weights.dtype)
     for part in prange(parts):
         begin, end = count * part // parts, count * (part + 1) // parts
-        given = (weights, neurons, direction, order, seen, rows, row_of, places, area, groups)
+        given = (x, stride, weights, neurons, direction, order, seen, rows, row_of, places, area, groups)
         _choose(begin, end, given, found, shares, turned)
     element, share, towards = np.empty_like(found), np.empty_like(shares), np.empty_like(turned)
     for o in range(count):
@@ -323,11 +319,11 @@ def _gather(begin_row, end_row, x, shape, stride, where, rows):
 @_loop
 def _choose(begin_neuron, end_neuron, given, element, share, towards):
     """Contributions to some of the neurons, in their order."""
-    weights, neurons, directions, order, seen, rows, row_of, places, area, groups = given
+    x, stride, weights, neurons, directions, order, seen, rows, row_of, places, area, groups = given
     filters, channels, taps = weights.shape
     all_channels, per_filter, per_channel = rows.shape[1], filters // groups, 1 / channels
     flat = rows.reshape(-1)
-    own, value = np.empty(taps * channels, weights.dtype), np.empty((taps * channels + 4 * _LANES), weights.dtype)
+    own, value = np.empty(taps * channels, weights.dtype), np.empty(taps * channels + 4 * _LANES, weights.dtype)
     inside, taps_inside = np.empty(taps, np.int64), np.empty(taps, np.int64)
     top, best_of = np.empty(_LANES, weights.dtype), np.empty(8, weights.dtype)
     last = -1
@@ -345,6 +341,11 @@ def _choose(begin_neuron, end_neuron, given, element, share, towards):
             if seen[n, tap] < 0:
                 continue
             inside[count], taps_inside[count] = seen[n, tap], tap
+            if channels == 1:  # too little to be gathered first
+                at = image * stride[0] + base * stride[1] + (seen[n, tap] - image * area) * stride[2]
+                value[count] = x[at] * own[tap] * direction
+                count += 1
+                continue
             at = np.uint64(row_of[seen[n, tap]] * all_channels + base)
             w, v = np.uint64(tap * channels), np.uint64(count * channels)
             for i in range(np.uint64(channels)):
