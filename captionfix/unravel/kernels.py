@@ -13,8 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -58,7 +57,7 @@ wanted = os.environ.get("CAPTIONFIX_COMPILED", "1") != "0" and importlib.util.fi
 
 def usable(*tensors: Tensor) -> bool:
     """Whether these tensors can be worked on by the compiled loops."""
-    return wanted and all(t.dtype in _TYPES and t.device.type == "cpu" for t in tensors)
+    return wanted and all(t.is_cpu and t.dtype in _TYPES for t in tensors)
 
 
 def merge(
@@ -68,8 +67,7 @@ def merge(
     scaled so that the word keeps its mass. Rows without mass are dropped.
     """
     rows = (word.numpy(), element.numpy(), direction.numpy(), mass.numpy())
-    with _processors(words) as parts:
-        found = _loops().merge(*rows, words, -1 if budget is None else budget, parts)
+    found = _in_parts(_loops().merge, words, *rows, words, -1 if budget is None else budget)
     return tuple(map(torch.from_numpy, found))  # type: ignore[return-value]
 
 
@@ -116,8 +114,7 @@ def contributors(
     found = []
     for part in (slice(first, first + step) for first in range(0, max(1, len(neurons)), step)):
         each = (neurons[part].numpy(), direction[part].numpy())
-        with _processors(len(each[0])) as parts:
-            found.append(_loops().contributors(*given, *each, *how, parts))
+        found.append(_in_parts(_loops().contributors, len(each[0]), *given, *each, *how))
     whole = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
     return tuple(map(torch.from_numpy, whole))  # type: ignore[return-value]
 
@@ -138,22 +135,23 @@ _together = threading.Lock()
 _alone = False  # after a fork, which OpenMP's threads do not survive, and with a pool that one thread alone may use
 
 
-@contextmanager
-def _processors(most: int) -> Iterator[int]:
-    """In how many parts to work: one where another thread of ours works in parts."""
+def _in_parts(loop: Callable[..., Any], most: int, *arguments: Any) -> Any:
+    """Calls a loop in as many parts as there are processors, ``most`` at most; in one while another thread works in
+    parts.
+    """
     global _alone
     threads = min(torch.get_num_threads(), _PROCESSORS)
     if min(threads, most) < 2 or _alone or not _together.acquire(blocking=False):
-        yield 1
-        return
+        return loop(*arguments, 1)
     import numba
 
     own = numba.get_num_threads()
     try:
         if own > threads:
             numba.set_num_threads(threads)
-        yield min(threads, own, most)
+        found = loop(*arguments, min(threads, own, most))
         _alone = numba.threading_layer() == "workqueue"
+        return found
     finally:
         if own > threads:
             numba.set_num_threads(own)
