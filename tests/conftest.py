@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from captionfix.explanation import Explanation, Word
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers would wait for each other's threads
+    torch.set_num_threads(1)
 
 CAPTION = "a dog beside the ball"
 PLACES = {"dog": (0.25, 0.5), "ball": (0.75, 0.25)}
