@@ -86,9 +86,9 @@ def removal(
     none = torch.zeros(1, height, width, dtype=torch.bool, device=features.device)
     gone = torch.cat([none, (down <= size // 2) & (across <= size // 2)])
     tokens = caption.inputs(features.device)
-    parts = [caption.scores(captioner.decode_without(features, part, filling, tokens)) for part in gone.split(batch)]
-    whole, *without = torch.cat(parts)
-    return (whole - torch.stack(without)).T.reshape(-1, height, width)
+    said = [caption.scores(captioner.decode_without(features, part, filling, tokens)) for part in gone.split(batch)]
+    whole, without = torch.cat(said).split([1, height * width])
+    return (whole - without).T.reshape(-1, height, width)
 
 
 @torch.inference_mode()
