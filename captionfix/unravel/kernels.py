@@ -125,14 +125,19 @@ def _loops() -> Any:
 
     from . import loops
 
+    global _alone
     threads = torch.get_num_threads()
-    numba.get_num_threads()  # starts its threads, for which it sets OpenMP's number: PyTorch's too
+    try:
+        numba.get_num_threads()  # starts its threads, for which it sets OpenMP's number: PyTorch's too
+    except ValueError:  # no pool, or not the one that NUMBA_THREADING_LAYER asks for
+        _alone = True
     torch.set_num_threads(threads)
     return loops
 
 
 _together = threading.Lock()
-_alone = False  # after a fork, which OpenMP's threads do not survive, and with a pool that one thread alone may use
+_alone = False
+"""Whether loops never work in parts: no pool of threads is there, or one for a single caller, or a fork left it."""
 
 
 def _in_parts(loop: Callable[..., Any], most: int, *arguments: Any) -> Any:

@@ -227,6 +227,28 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+WITH_POOL = """
+import torch
+from captionfix.unravel import kernels
+
+torch.set_num_threads(2)
+window = kernels.Window((10, 10), (10, 10), (3, 3), (1, 1), (1, 1), (1, 1))
+asked = (torch.ones(1, 96, 100), torch.ones(40, 96, 9), torch.arange(800), torch.ones(800), window, 4)
+for _ in range(2):
+    shares = kernels.contributors(*asked)[1]
+    assert torch.equal(shares, torch.full((800, 4), 0.25))
+print(kernels._alone)
+"""
+
+
+@pytest.mark.parametrize("pool", ["workqueue", "none such"])
+def test_without_a_pool_for_several_threads_loops_run_alone(pool):
+    """numba's own may not be used by two threads at once, and ends the process if it is."""
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": pool, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", WITH_POOL], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_forked_process_looks_up_alone():
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
