@@ -11,11 +11,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from captionfix.errors import CaptionerError, DataError
+from captionfix.errors import DataError
 from captionfix.train_data import (
     Captioned,
     Examples,
@@ -27,16 +27,11 @@ from captionfix.train_data import (
     read_lines,
     read_square,
 )
-from captionfix.train_fit import Fit, Precision, Run, check_empty, fit, work_folder
+from captionfix.train_fit import Fit, Precision, Run, fit, work_folder
+from captionfix.train_start import Family, new_model, pretrained_cnn, started, take_cnn
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerFast
-
     from captionfix.captioners.models import CaptionerModel
-    from captionfix.captioners.pretrained import PretrainedCaptioner
-
-Family = Literal["show-attend-tell", "show-tell"]
 
 # Basic blocks on 128 pixels, ending at an 8 x 8 map.
 SCENE_CNN: dict[str, Any] = {
@@ -46,41 +41,6 @@ SCENE_CNN: dict[str, Any] = {
     "depths": [1, 1, 2],
     "layer_type": "basic",
 }
-
-
-def _model(family: Family, cnn: dict[str, Any], pixels: int, seed: int, **settings: Any) -> CaptionerModel:
-    import torch
-    from transformers import set_seed
-
-    from captionfix.captioners import models
-
-    set_seed(seed)
-    config: models.CaptionerConfig
-    probe = models.Encoder(models.CaptionerConfig(cnn=cnn)).eval()
-    with torch.no_grad():
-        shape = probe(torch.zeros(1, 3, pixels, pixels)).shape
-    settings.update(cnn=cnn, image_size=pixels, feature_size=shape[1])
-    if family == "show-tell":
-        for key in ("positions", "value_size", "attention_size", "tie_words"):
-            settings.pop(key, None)
-        config = models.ShowTellConfig(**settings)
-        model: CaptionerModel = models.ShowTellModel(config)
-    else:
-        settings.pop("pool", None)
-        if settings.get("positions"):
-            settings["positions"] = list(shape[2:])
-        config = models.ShowAttendTellConfig(**settings)
-        model = models.ShowAttendTellModel(config)
-    return _channels_last(model)
-
-
-def _channels_last(model: CaptionerModel) -> CaptionerModel:
-    """Twice as fast on a CPU."""
-    import torch
-
-    for part in model.children():
-        part.to(memory_format=torch.channels_last)
-    return model
 
 
 def train_scenes(
@@ -138,7 +98,7 @@ def train_scenes(
     images, captions = draw_scenes(place, scenes)
     tokenizer = word_tokenizer(vocabulary(captions))
     longest = max(len(caption.split()) for caption in captions)
-    model = _model(
+    model = new_model(
         family,
         SCENE_CNN,
         SIDE,
@@ -166,90 +126,13 @@ def train_scenes(
     if start is None:
         fit(model, pictures, Fit(epochs, batch, rate, rate, **common), place / "fit", run.export, run.report)
         return run.finish(out)
-    _take_cnn(model, start)
+    take_cnn(model, start)
     features = _keep_features(model, len(images), read, place / "features.npy")
     first = Examples(encoded, lambda i, _: features[i, 0], "features", tokenizer.pad_token_id)
     fit(model, first, Fit(epochs, batch, rate, 0.0, **common), place / "decoder", run.export, run.report)
     tune = Fit(tune_epochs, batch, tune_rate, tune_rate, warmup=50, **common)
     fit(model, pictures, tune, place / "tune", run.export, run.report)
     return run.finish(out)
-
-
-def _take_cnn(model: CaptionerModel, start: str | Path) -> None:
-    try:
-        model.encoder.load_state_dict(_own(start).model.encoder.state_dict())
-    except RuntimeError as error:
-        raise CaptionerError(f"{start} has another CNN than this training: {error}") from error
-
-
-def _own(start: str | Path) -> PretrainedCaptioner:
-    from captionfix.captioners.loading import load
-    from captionfix.captioners.pretrained import PretrainedCaptioner
-
-    source = load(start)
-    if not isinstance(source, PretrainedCaptioner):
-        raise CaptionerError(f"{start} is none of the project's own captioners; only those can be trained further")
-    return source
-
-
-def _started(start: str | Path, size: int, seed: int) -> tuple[CaptionerModel, PreTrainedTokenizerFast]:
-    """A captioner's model and words, to be trained further on images of another size.
-
-    Raises:
-        CaptionerError: it is none of the project's own, or it learned a vector for each cell of its map.
-    """
-    from transformers import set_seed
-
-    set_seed(seed)
-    source = _own(start)
-    if getattr(source.model.config, "positions", None) and size != source.model.config.image_size:
-        raise CaptionerError(f"{start} has learned where cells lie on images of {source.model.config.image_size}")
-    source.model.config.image_size = size
-    return _channels_last(source.model), source.tokenizer
-
-
-def average(folders: Sequence[str | Path], out: str | Path, *, half: bool = True) -> Path:
-    """Writes the captioner whose weights are the mean of several ones' that were trained from one start.
-
-    Trainings that differ in order and chance alone end in the same valley; their mean is often better than each, and
-    costs no more to run (Wortsman et al. 2022, "Model soups").
-
-    Args:
-        folders: two of the project's own captioners or more, alike in everything but their weights.
-        out: the folder to write; it must not exist or be empty.
-        half: store the weights in 16 bits.
-
-    Returns:
-        `out`.
-
-    Raises:
-        CaptionerError: there are fewer than two, one is none of the project's own, or they are not alike.
-        OutputError: `out` is not empty or can't be written.
-    """
-    import torch
-
-    from captionfix.files import atomic_folder
-
-    out = Path(out)
-    if len(folders) < 2:
-        raise CaptionerError("an average needs two captioners or more")
-    check_empty(out)
-    first, *others = (_own(folder) for folder in folders)
-    mean = {name: value.double() for name, value in first.model.state_dict().items()}
-    for folder, other in zip(folders[1:], others, strict=True):
-        weights = other.model.state_dict()
-        if other.vocabulary != first.vocabulary or {n: v.shape for n, v in weights.items()} != {
-            n: v.shape for n, v in mean.items()
-        }:
-            raise CaptionerError(f"{folder} has other words or another shape than {folders[0]}; they have no average")
-        for name, value in weights.items():
-            mean[name] += value.double()
-    kinds = {name: value.dtype for name, value in first.model.state_dict().items()}
-    with torch.no_grad():
-        first.model.load_state_dict({name: (value / len(folders)).to(kinds[name]) for name, value in mean.items()})
-    with atomic_folder(out) as folder:
-        first.save(folder, half=half)
-    return out
 
 
 def train_photos(data: str | Path, out: str | Path, **options: Any) -> Path:
@@ -352,14 +235,14 @@ def train_images(
         raise DataError(f"dropout={dropout}: give the share of values to drop, from 0 to 1")
     out, place = Path(out), work_folder(Path(out), Path(work) if work is not None else None)
     if start is not None:
-        model, tokenizer = _started(start, size, seed)
+        model, tokenizer = started(start, size, seed)
         max_words = model.config.max_words
         if dropout is not None:
             model.config.dropout = model.decoder.drop.p = dropout
     else:
         tokenizer = word_tokenizer(vocabulary((c for entry in examples for c in entry.captions), at_least))
-        config, weights = _pretrained_cnn(cnn)
-        model = _model(
+        config, weights = pretrained_cnn(cnn)
+        model = new_model(
             family,
             config,
             size,
@@ -411,21 +294,6 @@ def _grid(model: CaptionerModel, size: int) -> tuple[int, int]:
     with torch.no_grad():
         height, width = model.encoder.eval()(torch.zeros(1, 3, size, size)).shape[2:]
     return height, width
-
-
-def _pretrained_cnn(source: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from transformers import AutoModel
-
-    from captionfix.captioners.loading import quiet
-
-    try:
-        with quiet():  # a classifier's last layer is not wanted
-            model = AutoModel.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CaptionerError(f"can't read the CNN {source}: {error}") from error
-    unused = {"id2label", "label2id", "architectures", "dtype", "transformers_version", "_name_or_path", "problem_type"}
-    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in unused}
-    return {**config, "model_type": model.config.model_type}, model.state_dict()
 
 
 def _keep_features(

@@ -159,9 +159,9 @@ def average(
     half: Annotated[bool, typer.Option(help="Store the weights in 16 bits.")] = True,
 ) -> None:
     """Average the weights of captioners that were trained from one start: often better than each."""
-    from captionfix import train
+    from captionfix import train_average
 
-    typer.echo(f"wrote {train.average(folders, out, half=half)}")
+    typer.echo(f"wrote {train_average.average(folders, out, half=half)}")
 
 
 @app.command()

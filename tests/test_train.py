@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from captionfix.captioners.loading import load
 from captionfix.errors import CaptionerError, DataError, OutputError
 from captionfix.scoring import score_captions, score_scenes
-from captionfix.train import average, train_coco, train_photos, train_scenes
+from captionfix.train import train_coco, train_photos, train_scenes
+from captionfix.train_average import average
 from captionfix.train_cli import app
 from captionfix.train_data import (
     Captioned,

@@ -11,7 +11,7 @@ from numba import njit, prange
 
 _LANES = 64  # products whose largest is looked for together
 _TILE = 16  # channels gathered together
-_PRIME = 11400714819323198485  # 2 ** 64 / golden ratio: Fibonacci hashing
+_PRIME = 11400714819323198485  # 2 ** 64 / golden ratio
 
 
 def _loop(function: Any, **more: Any) -> Any:
@@ -38,6 +38,21 @@ class _InParts:
 
     def __call__(self, *arguments: Any) -> Any:  # one processor needs no pool of threads
         return (self.alone if arguments[-1] == 1 else self.together)(*arguments)
+
+
+@_inlined
+def _bits(keys):
+    """Of the number of slots of a hash table at most half of which is taken."""
+    bits = 2
+    while (1 << bits) < 2 * keys:
+        bits += 1
+    return bits
+
+
+@_inlined
+def _slot(key, bits):
+    """Where a key's search begins (Fibonacci hashing)."""
+    return np.int64((np.uint64(key) * np.uint64(_PRIME)) >> np.uint64(64 - bits))
 
 
 # merging ------------------------------------------------------------------------------------------------------------
@@ -91,9 +106,7 @@ def _merge_words(begin_word, end_word, first, order, element, direction, mass, b
     most = 0
     for w in range(begin_word, end_word):
         most = max(most, first[w + 1] - first[w])
-    bits = 2
-    while (1 << bits) < 2 * most:
-        bits += 1
+    bits = _bits(most)
     known, place = np.full(1 << bits, -1), np.empty(1 << bits, np.int64)
     level, buffer = np.empty(1 << 11, np.int32), np.empty(most, mass.dtype)
     for w in range(begin_word, end_word):
@@ -105,7 +118,7 @@ def _merge_words(begin_word, end_word, first, order, element, direction, mass, b
                 continue
             total += mass[i]
             key = element[i] * 2 + (1 if direction[i] > 0 else 0)
-            slot = np.int64((np.uint64(key) * np.uint64(_PRIME)) >> np.uint64(64 - bits))
+            slot = _slot(key, bits)
             while known[slot] == w and keys[place[slot]] != key:
                 slot = (slot + 1) & ((1 << bits) - 1)
             if known[slot] == w:
@@ -177,15 +190,13 @@ def _keep_heaviest(keys, masses, budget, total, level, buffer):
 @_loop
 def distinct(element, direction):
     """The distinct pairs of element and direction, and which of them each row is."""
-    bits = 2
-    while (1 << bits) < 2 * len(element):
-        bits += 1
+    bits = _bits(len(element))
     place = np.full(1 << bits, -1, np.int64)
     keys, which = np.empty(len(element), np.int64), np.empty(len(element), np.int64)
     count = 0
     for i in range(len(element)):
         key = element[i] * 2 + (1 if direction[i] > 0 else 0)
-        slot = np.int64((np.uint64(key) * np.uint64(_PRIME)) >> np.uint64(64 - bits))
+        slot = _slot(key, bits)
         while place[slot] >= 0 and keys[place[slot]] != key:
             slot = (slot + 1) & ((1 << bits) - 1)
         if place[slot] < 0:
