@@ -38,6 +38,8 @@ class Leg(NamedTuple):
             unraveled once, from the mean of the words' evidence.
         even: part of a word's evidence that is not followed further than its cells.
         power: of the place's evidence.
+        trust: (n,) how much of `place` tells the word from others; common, even and power - 1 are as much smaller.
+            None: 1.
     """
 
     evidence: Tensor
@@ -45,6 +47,7 @@ class Leg(NamedTuple):
     common: float = 0.0
     even: float = 0.0
     power: float = 1.0
+    trust: Tensor | None = None
 
     @property
     def once(self) -> bool:
@@ -52,11 +55,11 @@ class Leg(NamedTuple):
         return self.place is not None and self.common == 1
 
 
-def weighed(evidence: Tensor, place: Tensor, once: bool, policy: Policy) -> Leg:
+def weighed(evidence: Tensor, place: Tensor, once: bool, policy: Policy, trust: Tensor | None = None) -> Leg:
     """A leg as the default weighs it.
 
     Args:
-        evidence, place: as `Leg`'s.
+        evidence, place, trust: as `Leg`'s.
         once: whether all of the fixations are the caption's, or half of them.
         policy: what the engine will keep. Few neurons, without full tables, say less of single pixels: more of the
             evidence lies evenly then, and the place counts for more.
@@ -65,7 +68,7 @@ def weighed(evidence: Tensor, place: Tensor, once: bool, policy: Policy) -> Leg:
         even, power = 0.3, 1.5
     else:
         even, power = (0.8, 5.0) if once else (0.6, 2.5)
-    return Leg(evidence, place, 1.0 if once else 0.5, even, power)
+    return Leg(evidence, place, 1.0 if once else 0.5, even, power, trust)
 
 
 def _by_join(
@@ -73,10 +76,12 @@ def _by_join(
 ) -> Leg:
     if found.reads_the_mean:
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
-        place = removed(captioner, features, caption, found, "mean")
+        place = removed(captioner, features, caption, found)
         return weighed(map_to_pixels.channels(features[0], place), place, True, policy)
-    start, place = joined(captioner, features, caption, found)
-    return weighed(map_to_pixels.channels(features[0], start), place, False, policy)
+    start, place, trust = joined(captioner, features, caption, found)
+    share = trust[:, None, None, None]  # what is not believed of removal keeps the flow's own channels
+    evidence = share * map_to_pixels.channels(features[0], start) + (1 - share) * normalised(found.features)
+    return weighed(evidence, place, False, policy, trust)
 
 
 def _by_scales(
@@ -85,7 +90,7 @@ def _by_scales(
     leg = _by_join(captioner, pixels, features, caption, found, policy)
     assert leg.place is not None
     fill: Fill = "mean" if leg.once else "zero"
-    place = multiscale(captioner, pixels, leg.place, caption, fill)
+    place = multiscale(captioner, pixels, leg.place, caption, fill, leg.trust)
     return leg._replace(place=place, even=0.9, power=2.25)
 
 
@@ -154,6 +159,6 @@ def unraveled(
     return [
         part[:, None]
         if leg.place is None
-        else map_to_pixels.agreeing(part * known[:, None, None], leg.place, leg.common, leg.even, leg.power)
+        else map_to_pixels.agreeing(part * known[:, None, None], leg.place, leg.common, leg.even, leg.power, leg.trust)
         for part, leg, known in zip(mass.split(counts), legs, present, strict=True)
     ]

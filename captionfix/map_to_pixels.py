@@ -94,7 +94,14 @@ def pixels(encoded: Encoded, evidence: Tensor, policy: Policy, owner: Tensor | N
 
 
 @torch.inference_mode()
-def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, even: float = 0.0, power: float = 1.0) -> Tensor:
+def agreeing(
+    mass: Tensor,
+    place: Tensor,
+    common: float = 0.0,
+    even: float = 0.0,
+    power: float = 1.0,
+    trust: Tensor | None = None,
+) -> Tensor:
     """Lets a fixation count by the evidence of the place where it lies.
 
     A cell of a deep feature map sees nearly the whole image, so its evidence may unravel to pixels far from it. What
@@ -109,6 +116,7 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, even: float = 0.0
         even: part of its mass that is not followed further than its cells: before it counts by the place it lies evenly
             over the image, on a point every ``SPACING`` of either side.
         power: of the place's evidence.
+        trust: (n,) in 0..1: by how much common, even and power - 1 are smaller for each word; None: 1.
 
     Returns:
         (n, 2, H, W): the fixations, and what lies evenly (n, 1, H, W without that); together a word has the mass that
@@ -118,15 +126,17 @@ def agreeing(mass: Tensor, place: Tensor, common: float = 0.0, even: float = 0.0
     at = torch.nonzero(mass.any(0).flatten())[:, 0]  # few pixels: what lies nowhere need not be weighed
     held = mass.flatten(1)[:, at]
     before = held.sum(1, keepdim=True)
+    sure = 1.0 if trust is None else trust[:, None]
     if common:
         present = before[:, 0] > 0
         whole = (held[present] / before[present]).sum(0) / max(1, int(present.sum()))
-        held = (1 - common) * held + common * before * whole
+        held = (1 - common * sure) * held + common * sure * before * whole
     parts = [(at, held)]
     if even:
         points = _lattice(height, width).to(mass.device)
-        parts = [(at, (1 - even) * held), (points, even * before / len(points) * torch.ones_like(points))]
-    weighed = [part * _taken(place, pixels, height, width) ** power for pixels, part in parts]
+        evenly = even * sure * before / len(points) * torch.ones_like(points)
+        parts = [(at, (1 - even * sure) * held), (points, evenly)]
+    weighed = [part * _taken(place, pixels, height, width) ** (1 + (power - 1) * sure) for pixels, part in parts]
     after = sum((part.sum(1, keepdim=True) for part in weighed), torch.zeros_like(before))
     scale = before / after.clamp_min(torch.finfo(mass.dtype).tiny)
     result = mass.new_zeros(len(mass), len(parts), height * width)

@@ -28,6 +28,9 @@ from .unravel.rules.sums import weighted
 Fill = Literal["zero", "mean"]
 SCALES = (0.8, 1.3)
 """Other sizes of the image, as parts of its own, at which `multiscale` looks."""
+DOUBT = 0.01
+"""Nats. A word that loses as much by the removals of all cells, each by itself, is half theirs and half its flow's
+(`joined`)."""
 FINER = 4
 """How many points along either side of a cell `multiscale` tells apart."""
 
@@ -284,31 +287,43 @@ def normalised(maps: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.where(total > 0, table / total.clamp_min(torch.finfo(table.dtype).tiny), torch.zeros_like(table))
 
 
-def removed(captioner: Captioner, features: Tensor, caption: Caption, found: Flow, fill: Fill = "zero") -> Tensor:
-    """(n, h, w), each word's sum 1: removal, or the flow of a word that no removal makes less likely."""
-    away = normalised(removal(captioner, features, caption, fill))
+def removed(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> Tensor:
+    """(n, h, w), each word's sum 1: what removal with the map's mean says, or the flow of a word that no removal makes
+    less likely."""
+    away = normalised(removal(captioner, features, caption, "mean"))
     return torch.where(away.sum((1, 2), keepdim=True) == 0, normalised(found.features.sum(1)), away)
 
 
-def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> tuple[Tensor, Tensor]:
+def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> tuple[Tensor, Tensor, Tensor]:
     """Removal and flow together.
 
     Removal knows which word a cell matters to but misses what neighbouring cells make up for; the flow misses nothing
-    but tells words less apart.
+    but tells words less apart. A word that loses D nats by all removals together believes them by D / (D + `DOUBT`),
+    and its flow for the rest: where a captioner is sure, a cell more or less changes nothing, and drops come to no
+    more than their rounding.
 
     Returns:
-        two (n, h, w) tables, each word's sum 1: the geometric mean of both normalised maps, where evidence starts (a
-        word that no removal makes less likely starts from its flow alone); and the arithmetic mean, what either says
-        of a place.
+        two (n, h, w) tables, each word's sum 1 (0 where the flow does not reach the feature map): the geometric mean
+        of both maps, (removal^2 flow)^(1/3), where evidence starts; and the arithmetic mean, what either says of a
+        place. And (n,) how much removal is believed, 0..1.
     """
-    away, along = removed(captioner, features, caption, found), normalised(found.features.sum(1))
-    both = normalised((away**2 * along) ** (1 / 3))
-    both = torch.where(both.sum((1, 2), keepdim=True) == 0, along, both)
-    return both, (away + along) / 2
+    drops = removal(captioner, features, caption).clamp_min(0)
+    lost = drops.sum((1, 2), keepdim=True)
+    trust = lost / (lost + DOUBT)
+    along = normalised(found.features.sum(1))
+    away = trust * normalised(drops) + (1 - trust) * along
+    return normalised((away**2 * along) ** (1 / 3)), (away + along) / 2, trust[:, 0, 0]
 
 
 @torch.inference_mode()
-def multiscale(captioner: Captioner, pixels: Tensor, place: Tensor, caption: Caption, fill: Fill = "zero") -> Tensor:
+def multiscale(
+    captioner: Captioner,
+    pixels: Tensor,
+    place: Tensor,
+    caption: Caption,
+    fill: Fill = "zero",
+    trust: Tensor | None = None,
+) -> Tensor:
     """What cells mean to words, averaged over the image at several sizes.
 
     A CNN's cells change with where its grid happens to fall; what is found at every size is more the word's. The image
@@ -320,6 +335,7 @@ def multiscale(captioner: Captioner, pixels: Tensor, place: Tensor, caption: Cap
         place: (n, h, w), what is known at the image's own size, each word's sum 1 (or 0).
         caption: the n words.
         fill: what a removed cell holds instead (`removal`).
+        trust: (n,) how much removal is believed (`joined`), so the weight of the other sizes; None: 1.
 
     Returns:
         (n, `FINER` h, `FINER` w), each word's sum 1 (or 0): the mean over all sizes, each taken bilinearly.
@@ -328,7 +344,13 @@ def multiscale(captioner: Captioner, pixels: Tensor, place: Tensor, caption: Cap
         PolicyError: the CNN or the decoder refuses another size.
     """
     height, width = place.shape[1:]
-    views = [place]
+
+    def finer(view: Tensor) -> Tensor:
+        grid = (FINER * height, FINER * width)
+        return normalised(interpolate(view[:, None].float(), grid, mode="bilinear", align_corners=False)[:, 0])
+
+    believed = 1.0 if trust is None else trust[:, None, None]
+    views = [finer(place)]
     for scale in SCALES:
         sides = [
             max(1, round(scale * cells)) * side // cells
@@ -342,9 +364,5 @@ def multiscale(captioner: Captioner, pixels: Tensor, place: Tensor, caption: Cap
                 f"captioner {captioner.name!r}: it does not take its image at {sides[1]} x {sides[0]} pixels "
                 f"({(str(error) or 'error').splitlines()[0]}); use method='joined'"
             ) from error
-        views.append(normalised(found))
-    finer = [
-        interpolate(view[:, None].float(), (FINER * height, FINER * width), mode="bilinear", align_corners=False)[:, 0]
-        for view in views
-    ]
-    return normalised(torch.stack([normalised(view) for view in finer]).mean(0)).to(place.dtype)
+        views.append(believed * finer(normalised(found)))
+    return normalised(torch.stack(views).sum(0)).to(place.dtype)

@@ -4,8 +4,6 @@ must.
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -15,11 +13,9 @@ import captionfix
 from captionfix import map_to_pixels
 from captionfix.errors import CaptionerError, CaptionError, PolicyError
 from captionfix.explain import settle
-from captionfix.legs import METHODS as LEGS
 from captionfix.legs import Leg, followed, unraveled, weighed
 from captionfix.scenes import scene
 from captionfix.unravel import Policy
-from captionfix.word_to_map import Caption, flow
 
 METHODS = ["joined", "removal", "flow", "attention"]
 
@@ -64,14 +60,17 @@ def test_fixations_lie_in_the_image_and_weigh_one(explained):
 
 
 def test_with_the_join_a_part_lies_evenly_and_the_flow_follows_all(captioner, made):
+    evenly = []
     for method, even in (("joined", True), ("flow", False), ("gradcam", False)):
         for word in captionfix.explain(captioner, made.image, caption=made.caption, method=method):
             assert (len(word.even) > 0) == even
             assert word.evidence[:, 2].sum() == pytest.approx(1, abs=1e-4)
             if even:
-                assert 0.02 < word.even[:, 2].sum() < 0.9
+                evenly.append(word.even[:, 2].sum())
                 steps = np.unique(np.diff(np.unique(word.even[:, 0])))
                 assert steps.tolist() == [3.0]  # a fortieth of 128 pixels
+    assert min(evenly) < 0.01  # of words that no removal changes: the flow says all of them
+    assert 0.1 < max(evenly) < 0.9
 
 
 def test_probability_is_the_teacher_forced_one(captioner, explained, made):
@@ -159,23 +158,6 @@ def test_published_sets_stay_sets(captioner, made):
         np.testing.assert_allclose(word.fixations[:, 2], 1 / len(word.fixations), rtol=1e-4)
 
 
-def rounding_of_joined(captioner, explanation, policy):
-    """By how much rounding changes each word's cells, of which removal's are differences of log-probabilities: a word
-    may have drops not far above their rounding, and every processor rounds in its own way. So it is measured, against
-    double precision."""
-    caption = Caption(captioner.vocabulary.start, tuple(word.token for word in explanation))
-    pixels = captioner.prepare(explanation.image).pixels[None]
-    precise = copy.deepcopy(captioner)
-    precise.model.double()
-    cells = []
-    for own, image in ((captioner, pixels), (precise, pixels.double())):
-        with torch.inference_mode():
-            features = own.encode(image)
-        found = flow(own, features, caption, policy)
-        cells.append(LEGS["joined"](own, image, features, caption, found, policy).evidence.sum(1).double())
-    return (cells[0] - cells[1]).abs().amax((1, 2)).numpy()
-
-
 @pytest.mark.parametrize(
     ("method", "policy"),
     [("default", "default"), ("joined", "default"), ("joined", "thorough"), ("flow", "paper"), (None, "default")],
@@ -187,16 +169,15 @@ def test_a_list_gives_what_single_calls_give(captioner, without_attention, metho
         captioner, captions, method = without_attention(1), ["a red star", "a star", "a red red star"], "default"
     assert len({len(caption.split()) for caption in captions[:2]}) == 2
     how = {"method": method, "policy": policy}
+    # removal's drops round by up to 1e-5 nats, and are believed against 0.01
+    rounding = 1e-3 if method == "joined" else 1e-4
     together = captionfix.explain(captioner, [s.image for s in scenes], caption=captions, batch_size=2, **how)
     assert isinstance(together, captionfix.Explanations)
     for made, caption, result in zip(scenes, captions, together, strict=True):
         alone = captionfix.explain(captioner, made.image, caption=caption, **how)
         assert alone.policy == result.policy
-        rounding = np.zeros(len(alone))
-        if method == "joined":
-            rounding = 4 * rounding_of_joined(captioner, alone, Policy.named(policy))
         for one, other in zip(alone, result, strict=True):
-            np.testing.assert_allclose(one.feature_map, other.feature_map, atol=1e-4 + rounding[one.index])
+            np.testing.assert_allclose(one.feature_map, other.feature_map, atol=rounding)
             assert one.image_share == pytest.approx(other.image_share, abs=1e-4)
             difference = np.abs(alone.maps(False)[one.index] - result.maps(False)[one.index]).sum()
             assert difference < 0.05  # equal contributions may be kept in another order

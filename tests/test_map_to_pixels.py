@@ -27,16 +27,21 @@ def bilinear(cells, x, y, size):
 @pytest.mark.parametrize(
     ("common", "even", "power"), [(0.0, 0.0, 1.0), (0.5, 0.0, 2.0), (1.0, 0.0, 1.0), (0.5, 0.5, 2.0), (0.0, 1.0, 1.0)]
 )
-def test_a_fixation_counts_by_its_place(common, even, power):
+@pytest.mark.parametrize("sure", ["all", "some"])
+def test_a_fixation_counts_by_its_place(common, even, power, sure):
     generator = torch.Generator().manual_seed(0)
     mass = torch.rand(3, 8, 8, generator=generator) * (torch.rand(3, 8, 8, generator=generator) < 0.3)
     mass /= mass.sum((1, 2), keepdim=True)
     mass[2] *= 0.4  # what ended in biases is not there
     place = torch.rand(3, 2, 3, generator=generator)
-    parts = agreeing(mass, place, common, even, power)
+    trust = torch.tensor([1.0, 0.3, 0.0]) if sure == "some" else None
+    parts = agreeing(mass, place, common, even, power, trust)
     assert parts.shape == (3, 2 if even else 1, 8, 8)
     found = parts.sum(1)
+    dials = common, even, power
     for word in range(3):
+        believed = 1.0 if trust is None else float(trust[word])
+        common, even, power = dials[0] * believed, dials[1] * believed, 1 + (dials[2] - 1) * believed
         total = float(mass[word].sum())
         expected = torch.zeros(8, 8)
         for y in range(8):
@@ -46,19 +51,20 @@ def test_a_fixation_counts_by_its_place(common, even, power):
                 there = (1 - even) * ((1 - common) * own + common * shared) + even / 64
                 expected[y, x] = there * bilinear(place[word], x, y, 8) ** power
         assert torch.allclose(found[word], expected * total / expected.sum(), atol=1e-6)
-        if even:  # 8 pixels are fewer than 40 points: one on every pixel
+        if dials[1]:  # 8 pixels are fewer than 40 points: one on every pixel
             level = [[bilinear(place[word], x, y, 8) ** power for x in range(8)] for y in range(8)]
             evenly = torch.tensor(level) * even / 64 * total / expected.sum()
             assert torch.allclose(parts[word, 1], evenly, atol=1e-6)
 
 
-@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1), st.floats(0.5, 3))
-def test_every_word_keeps_its_mass(seed, common, even, power):
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1), st.floats(0.5, 3), st.floats(0, 1))
+def test_every_word_keeps_its_mass(seed, common, even, power, sure):
     generator = torch.Generator().manual_seed(seed)
     mass = torch.rand(4, 6, 5, generator=generator) * torch.tensor([1.0, 1e-6, 3.0, 0.0])[:, None, None]
     place = torch.rand(4, 3, 3, generator=generator) * (torch.rand(4, 3, 3, generator=generator) < 0.5)
     place[0] = 0  # a place that says nothing leaves the word as it is
-    found = agreeing(mass, place, common, even, power).sum(1)
+    trust = torch.tensor([1.0, 0.5, sure, 1.0])
+    found = agreeing(mass, place, common, even, power, trust).sum(1)
     assert torch.allclose(found.sum((1, 2)), mass.sum((1, 2)), rtol=1e-4)
     assert bool((found >= 0).all())
     if common == 0 and even == 0:

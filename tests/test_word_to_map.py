@@ -7,12 +7,87 @@ import torch
 from PIL import Image
 
 import captionfix
+from captionfix import map_to_pixels
 from captionfix.errors import PolicyError
+from captionfix.legs import METHODS, unraveled
 from captionfix.scenes import scene
-from captionfix.word_to_map import Caption, multiscale
+from captionfix.unravel import Policy
+from captionfix.word_to_map import Caption, flow, joined, multiscale
 
 
-def test_places_at_several_sizes_are_those_of_the_resized_image():
+@pytest.fixture
+def precise():
+    """The captioner of scenes in double precision: drops of a millionth of a nat are no rounding there."""
+    captioner = captionfix.load("scenes")
+    captioner.model.double()
+    return captioner
+
+
+def told(captioner, seed, caption=None):
+    """The feature map of a scene, a caption (its own), and the flow."""
+    made = scene(seed, split="test")
+    pixels = captioner.prepare(Image.fromarray(made.image)).pixels[None].double()
+    ids = tuple(captioner.tokenize(made.caption) if caption is None else caption)
+    with torch.inference_mode():
+        features = captioner.encode(pixels)
+    said = Caption(captioner.vocabulary.start, ids)
+    return pixels, features, said, flow(captioner, features, said, Policy())
+
+
+def test_removal_is_believed_by_what_it_takes_and_the_flow_for_the_rest(precise):
+    _, features, caption, found = told(precise, 6)
+    tokens = torch.tensor([[caption.start, *caption.ids[:-1]]])
+    evidence, place, trust = joined(precise, features, caption, found)
+    least, most = 1.0, 0.0
+    with torch.no_grad():
+        whole = precise.decode(features, tokens).log_softmax(-1)[0]
+        for word, token in enumerate(caption.ids):
+            drops = torch.zeros(8, 8, dtype=torch.double)
+            for row in range(8):
+                for column in range(8):
+                    cut = features.clone()
+                    cut[:, :, row, column] = 0
+                    drops[row, column] = (
+                        whole[word, token] - precise.decode(cut, tokens).log_softmax(-1)[0, word, token]
+                    )
+            drops = drops.clamp_min(0)
+            lost = float(drops.sum())
+            believed = lost / (lost + 0.01)
+            least, most = min(least, believed), max(most, believed)
+            along = found.features[word].sum(0) / found.features[word].sum()
+            away = believed * drops / lost + (1 - believed) * along
+            mean = (away * away * along) ** (1 / 3)
+            assert float(trust[word]) == pytest.approx(believed, abs=1e-6)
+            torch.testing.assert_close(evidence[word], mean / mean.sum(), atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(place[word], (away + along) / 2, atol=1e-6, rtol=1e-4)
+    assert least < 0.05
+    assert most > 0.8  # of this caption's words some are sure, some are not
+
+
+def test_a_sure_captioner_is_explained_by_its_flow(precise):
+    """With logits a hundred times as large hardly a removal changes a probability, and all contributions stay the same
+    shares: the join says what the flow says, channels and all."""
+    linear = [module for module in precise.model.decoder.modules() if isinstance(module, torch.nn.Linear)]
+    (output,) = [module for module in linear if module.out_features == len(precise.vocabulary)]
+    with torch.no_grad():
+        output.weight *= 100
+        output.bias *= 100
+    pixels, features, caption, found = told(precise, 6)
+    own = precise.generate_from(features)[0]
+    caption, found = Caption(caption.start, tuple(own)), told(precise, 6, own)[3]
+    legs = [METHODS[name](precise, pixels, features, caption, found, Policy()) for name in ("joined", "flow")]
+    trust = legs[0].trust
+    sure = trust < 1e-9
+    assert int(sure.sum()) >= len(own) // 2
+    for name in ("evidence", "place"):
+        torch.testing.assert_close(getattr(legs[0], name)[sure], getattr(legs[1], name)[sure], atol=1e-8, rtol=1e-6)
+    encoded = map_to_pixels.encode(precise, pixels)
+    joint, plain = (unraveled(encoded, [leg], Policy())[0].sum(1) for leg in legs)
+    torch.testing.assert_close(joint[sure], plain[sure], atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("trust", [None, 0.0, 0.5])
+def test_places_at_several_sizes_are_those_of_the_resized_image(trust):
     captioner = captionfix.load("photos-show-and-tell")
     ids = captioner.tokenize("a red square")
     pixels = captioner.prepare(Image.fromarray(scene(6, split="test").image)).pixels[None]
@@ -40,10 +115,10 @@ def test_places_at_several_sizes_are_those_of_the_resized_image():
         views.append(drops(resized))
         assert views[-1].shape[1:] == (cells, cells)
     place = even(views[0])
-    found = multiscale(captioner, pixels, place, Caption(captioner.vocabulary.start, ids), "mean")
-    expected = (
-        sum(even(torch.nn.functional.interpolate(view[None], (40, 40), mode="bilinear")[0]) for view in views) / 3
-    )
+    believed = None if trust is None else torch.full((len(ids),), trust)
+    found = multiscale(captioner, pixels, place, Caption(captioner.vocabulary.start, ids), "mean", believed)
+    views = [even(torch.nn.functional.interpolate(view[None], (40, 40), mode="bilinear")[0]) for view in views]
+    expected = even(views[0] + (1.0 if trust is None else trust) * (views[1] + views[2]))
     assert found.shape == (len(ids), 40, 40)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
