@@ -17,6 +17,7 @@ from .word_to_map import (
     Fill,
     Flow,
     attention,
+    believed,
     joined,
     multiscale,
     normalised,
@@ -78,10 +79,10 @@ def _by_join(
         # the flow hands all words the same cells there, and so hardly tells their fixations apart (docs/method.md)
         place = removed(captioner, features, caption, found)
         return weighed(map_to_pixels.channels(features[0], place), place, True, policy)
-    start, place, trust = joined(captioner, features, caption, found)
-    share = trust[:, None, None, None]  # what is not believed of removal keeps the flow's own channels
+    start, place, lost = joined(captioner, features, caption, found)
+    share = believed(lost)[:, None, None, None]  # what is not removal's keeps the flow's own channels
     evidence = share * map_to_pixels.channels(features[0], start) + (1 - share) * normalised(found.features)
-    return weighed(evidence, place, False, policy, trust)
+    return weighed(evidence, place, False, policy, believed(lost, found.image_effect))
 
 
 def _by_scales(

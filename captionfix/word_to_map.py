@@ -31,6 +31,9 @@ SCALES = (0.8, 1.3)
 DOUBT = 0.01
 """Nats. A word that loses as much by the removals of all cells, each by itself, is half theirs and half its flow's
 (`joined`)."""
+ACCOUNTED = 0.1
+"""Part of what the whole image does to a word that removals of single cells have to account for, to be half trusted
+with telling it from others (`believed`)."""
 FINER = 4
 """How many points along either side of a cell `multiscale` tells apart."""
 
@@ -294,25 +297,38 @@ def removed(captioner: Captioner, features: Tensor, caption: Caption, found: Flo
     return torch.where(away.sum((1, 2), keepdim=True) == 0, normalised(found.features.sum(1)), away)
 
 
+def believed(lost: Tensor, effect: Tensor | float = 0.0) -> Tensor:
+    """How far removals can be believed, 0..1: D / (D + `DOUBT` + `ACCOUNTED` E).
+
+    Where a captioner is sure of a word, a cell more or less changes nothing, and drops come to no more than their
+    rounding. And where the cells beside a removed one make up for it, single removals say little of all that the image
+    did.
+
+    Args:
+        lost: (n,) D in nats, what the removals of all cells, each by itself, take from a word together.
+        effect: (n,) E in nats, what the whole image does to it (`image_effect`); negative ones count as 0.
+    """
+    against = effect.clamp_min(0) if isinstance(effect, Tensor) else effect
+    return lost / (lost + DOUBT + ACCOUNTED * against)
+
+
 def joined(captioner: Captioner, features: Tensor, caption: Caption, found: Flow) -> tuple[Tensor, Tensor, Tensor]:
     """Removal and flow together.
 
     Removal knows which word a cell matters to but misses what neighbouring cells make up for; the flow misses nothing
-    but tells words less apart. A word that loses D nats by all removals together believes them by D / (D + `DOUBT`),
-    and its flow for the rest: where a captioner is sure, a cell more or less changes nothing, and drops come to no
-    more than their rounding.
+    but tells words less apart. So removal is taken as far as it is `believed`, and the flow for the rest.
 
     Returns:
         two (n, h, w) tables, each word's sum 1 (0 where the flow does not reach the feature map): the geometric mean
         of both maps, (removal^2 flow)^(1/3), where evidence starts; and the arithmetic mean, what either says of a
-        place. And (n,) how much removal is believed, 0..1.
+        place. And (n,) nats, what all removals took.
     """
     drops = removal(captioner, features, caption).clamp_min(0)
-    lost = drops.sum((1, 2), keepdim=True)
-    trust = lost / (lost + DOUBT)
+    lost = drops.sum((1, 2))
+    share = believed(lost)[:, None, None]
     along = normalised(found.features.sum(1))
-    away = trust * normalised(drops) + (1 - trust) * along
-    return normalised((away**2 * along) ** (1 / 3)), (away + along) / 2, trust[:, 0, 0]
+    away = share * normalised(drops) + (1 - share) * along
+    return normalised((away**2 * along) ** (1 / 3)), (away + along) / 2, lost
 
 
 @torch.inference_mode()
@@ -335,7 +351,7 @@ def multiscale(
         place: (n, h, w), what is known at the image's own size, each word's sum 1 (or 0).
         caption: the n words.
         fill: what a removed cell holds instead (`removal`).
-        trust: (n,) how much removal is believed (`joined`), so the weight of the other sizes; None: 1.
+        trust: (n,) how far removal is `believed`, so the weight of the other sizes; None: 1.
 
     Returns:
         (n, `FINER` h, `FINER` w), each word's sum 1 (or 0): the mean over all sizes, each taken bilinearly.

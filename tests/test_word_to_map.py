@@ -35,33 +35,42 @@ def told(captioner, seed, caption=None):
 
 
 def test_removal_is_believed_by_what_it_takes_and_the_flow_for_the_rest(precise):
-    _, features, caption, found = told(precise, 6)
+    pixels, features, caption, found = told(precise, 6)
     tokens = torch.tensor([[caption.start, *caption.ids[:-1]]])
-    evidence, place, trust = joined(precise, features, caption, found)
-    least, most = 1.0, 0.0
+    start, place, lost = joined(precise, features, caption, found)
+    leg = METHODS["joined"](precise, pixels, features, caption, found, Policy())
+    parts = []
     with torch.no_grad():
         whole = precise.decode(features, tokens).log_softmax(-1)[0]
+        blank = precise.decode(features.mean((2, 3), keepdim=True).expand_as(features), tokens).log_softmax(-1)[0]
         for word, token in enumerate(caption.ids):
             drops = torch.zeros(8, 8, dtype=torch.double)
             for row in range(8):
                 for column in range(8):
                     cut = features.clone()
                     cut[:, :, row, column] = 0
-                    drops[row, column] = (
-                        whole[word, token] - precise.decode(cut, tokens).log_softmax(-1)[0, word, token]
-                    )
+                    without = precise.decode(cut, tokens).log_softmax(-1)[0]
+                    drops[row, column] = whole[word, token] - without[word, token]
             drops = drops.clamp_min(0)
-            lost = float(drops.sum())
-            believed = lost / (lost + 0.01)
-            least, most = min(least, believed), max(most, believed)
-            along = found.features[word].sum(0) / found.features[word].sum()
-            away = believed * drops / lost + (1 - believed) * along
+            taken = float(drops.sum())
+            part = taken / (taken + 0.01)
+            flowing = found.features[word] / found.features[word].sum()
+            along = flowing.sum(0)
+            away = part * drops / taken + (1 - part) * along
             mean = (away * away * along) ** (1 / 3)
-            assert float(trust[word]) == pytest.approx(believed, abs=1e-6)
-            torch.testing.assert_close(evidence[word], mean / mean.sum(), atol=1e-6, rtol=1e-4)
-            torch.testing.assert_close(place[word], (away + along) / 2, atol=1e-6, rtol=1e-4)
-    assert least < 0.05
-    assert most > 0.8  # of this caption's words some are sure, some are not
+            mean /= mean.sum()
+            assert float(lost[word]) == pytest.approx(taken, rel=1e-6, abs=1e-12)
+            torch.testing.assert_close(start[word], mean, atol=1e-8, rtol=1e-5)
+            torch.testing.assert_close(place[word], (away + along) / 2, atol=1e-8, rtol=1e-5)
+            active = features[0].clamp_min(0) / features[0].clamp_min(0).sum(0)
+            expected = part * mean * active + (1 - part) * flowing
+            torch.testing.assert_close(leg.evidence[word], expected, atol=1e-8, rtol=1e-5)
+            effect = max(0.0, float(whole[word, token] - blank[word, token]))
+            assert float(leg.trust[word]) == pytest.approx(taken / (taken + 0.01 + 0.1 * effect), rel=1e-5, abs=1e-9)
+            parts.append((part, float(leg.trust[word])))
+    assert min(part for part, _ in parts) < 0.05
+    assert max(part for part, _ in parts) > 0.8  # of this caption's words some are sure, some are not
+    assert max(part - trust for part, trust in parts) > 0.3  # and of some the image does far more than single cells
 
 
 def test_a_sure_captioner_is_explained_by_its_flow(precise):
