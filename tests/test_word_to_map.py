@@ -24,7 +24,7 @@ def precise():
 
 
 def told(captioner, seed, caption=None):
-    """The feature map of a scene, a caption (its own), and the flow."""
+    """A scene's input and feature map, a caption (the true one, if none is given), and its flow."""
     made = scene(seed, split="test")
     pixels = captioner.prepare(Image.fromarray(made.image)).pixels[None].double()
     ids = tuple(captioner.tokenize(made.caption) if caption is None else caption)
@@ -81,9 +81,9 @@ def test_a_sure_captioner_is_explained_by_its_flow(precise):
     with torch.no_grad():
         output.weight *= 100
         output.bias *= 100
-    pixels, features, caption, found = told(precise, 6)
+    _, features, _, _ = told(precise, 6)
     own = precise.generate_from(features)[0]
-    caption, found = Caption(caption.start, tuple(own)), told(precise, 6, own)[3]
+    pixels, features, caption, found = told(precise, 6, own)
     legs = [METHODS[name](precise, pixels, features, caption, found, Policy()) for name in ("joined", "flow")]
     trust = legs[0].trust
     sure = trust < 1e-9
