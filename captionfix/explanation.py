@@ -89,7 +89,7 @@ class Word:
 
         Args:
             specific: Whether the mean over the caption's words is taken off, which leaves what is the word's own.
-            sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default, 0.015.
+            sigma: The Gaussian's standard deviation as a fraction of the CNN's input; None for the default, 0.01.
 
         Returns:
             (height, width) float32 with maximum 1, or all 0 where the word has no evidence (of its own).
@@ -99,31 +99,34 @@ class Word:
         top = result.max()
         return result / top if top > 0 else result
 
-    def box(self, specific: bool = True, share: float = 0.9) -> Box | None:
-        """The box around the word's evidence, without outliers.
+    def box(self, specific: bool = False, share: float | None = None) -> Box | None:
+        """The box in which the word's map stands out (`captionfix.maps.box`).
 
-        Evidence is known to lie in a cell of the feature map, and little finer; so the box reaches half a cell further
-        than the points that hold it. Where fixations are a set, all alike (the policies ``"paper"`` and
-        ``"released"``), it is the published one, around the points themselves.
+        A quarter of the mean over the caption's words is taken off first, so that no box reaches to what only others
+        speak of.
+
+        Where fixations are a set, all alike (the policies ``"paper"`` and ``"released"``), it is the published one,
+        around the points themselves without outliers.
 
         Args:
-            specific: Whether each point counts only with the part of the word's map at its place that is the word's
-                own.
-            share: Part of the mass that the box holds along each axis; with 1 it holds all points that are no outliers.
+            specific: Whether the whole mean is taken off. What a word speaks of is as large as all that speaks for it,
+                so a box of what is the word's own alone fits it less well.
+            share: Part of the mass to hold along each axis, around all points: with 1 those that are no outliers. None:
+                the box as said above.
 
         Returns:
             x0, y0, x1, y1 in original pixels, or None for a word without evidence.
+
+        Raises:
+            ValueError: ``share`` is not above 0 and at most 1, or given with ``specific``.
         """
         whole = self.explanation
-        points = self.evidence
-        if specific and len(points):
-            own, plain = whole.maps(True)[self.index], whole.maps(False)[self.index]
-            points = maps.weigh(points, own, plain, whole.window)
-        margin = (0.0, 0.0)
-        if whole.policy.get("mass") != "set" and self.feature_map.size > 1:
-            (rows, columns), (x0, y0, x1, y1) = self.feature_map.shape, whole.window
-            margin = ((x1 - x0) / columns / 2, (y1 - y0) / rows / 2)
-        return maps.box(points, whole.image.size, whole.window, whole.grid, share, margin)
+        if specific and share is not None:
+            raise ValueError("a box with a share is around all of the word's points: leave specific or share out")
+        if specific or (share is None and whole.policy.get("mass") != "set"):
+            own = maps.specific(whole.maps(False), 1.0 if specific else maps.SHARED)
+            return maps.box(own[self.index], whole.image.size, whole.window)
+        return maps.around(self.evidence, whole.image.size, whole.window, whole.grid, 1.0 if share is None else share)
 
     def point(self, specific: bool = True, sigma: float | None = None) -> tuple[float, float] | None:
         """x, y in original pixels of the map's maximum, as the pointing game asks, or None for a word without

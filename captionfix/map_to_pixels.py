@@ -10,7 +10,7 @@ from torch import Tensor
 from .captioners.captioner import Captioner
 from .unravel import Evidence, Policy, Slot, Trace, heaviest, walk
 
-SPACING = 0.025
+SPACING = 1 / 60
 """Part of either side of the input between fixations that lie evenly: less than two of a map's Gaussian."""
 
 

@@ -15,12 +15,18 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Box = tuple[float, float, float, float]
 
-SIGMA = 0.015
+SIGMA = 0.01
 """Standard deviation of the heatmap's Gaussian, as a fraction of the CNN's input (each side by itself)."""
 NEIGHBOURHOOD = 0.10
 """Radius, as a fraction of the original's diagonal, in which a fixation needs company (the paper's value)."""
 COMPANY = 0.05
 """Part of a word's mass that has to lie in that neighbourhood (the paper's value)."""
+SHARED = 0.25
+"""Part of the mean over the caption's words that is taken off a map before its box is sought."""
+EVEN = 0.5
+"""Of what an even map would hold in a box: what a box has to hold more than (`box`)."""
+BLOCKS = 64
+"""Parts of either side at whose edges a box may begin and end."""
 
 
 def histogram(points: NDArray[np.floating], window: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
@@ -100,14 +106,15 @@ def density(
     return smooth.astype(np.float32)
 
 
-def specific(maps: NDArray[np.floating]) -> Floats:
+def specific(maps: NDArray[np.floating], part: float = 1.0) -> Floats:
     """What each word's map has more than the caption's words have on average.
 
-    A word's normalised map minus the mean over those words that have a map, negative parts cut to 0. With fewer than
-    two such words there is nothing to compare with, and the maps stay as they are.
+    A word's normalised map minus ``part`` of the mean over those words that have a map, negative parts cut to 0. With
+    fewer than two such words there is nothing to compare with, and the maps stay as they are.
 
     Args:
         maps: (words, height, width), each with sum 1 or all 0.
+        part: How much of the mean is taken off.
 
     Returns:
         (words, height, width), not normalised: a word that shares its evidence with all others keeps little.
@@ -115,7 +122,7 @@ def specific(maps: NDArray[np.floating]) -> Floats:
     present = maps.sum(axis=(1, 2)) > 0
     if present.sum() < 2:
         return maps.astype(np.float32)
-    excess = np.maximum(maps - maps[present].mean(axis=0), 0)
+    excess = np.maximum(maps - part * maps[present].mean(axis=0), 0)
     excess[~present] = 0
     return excess.astype(np.float32)
 
@@ -137,19 +144,48 @@ def resize(grid_map: NDArray[np.floating], size: tuple[int, int], window: Box) -
     return down @ grid_map.astype(np.float32) @ across.T
 
 
-def box(
-    points: NDArray[np.floating],
-    size: tuple[int, int],
-    window: Box,
-    grid: tuple[int, int],
-    share: float = 0.9,
-    margin: tuple[float, float] = (0.0, 0.0),
+def box(grid_map: NDArray[np.floating], size: tuple[int, int], window: Box) -> Box | None:
+    """The box in which a word's map stands out.
+
+    Of all boxes the one with the largest sum of sqrt(m) / sum(sqrt(m)) - ``EVEN`` / N over its pixels, where m is the
+    map and N the number of its pixels: what the box holds, less a part of what it would hold of an even map (a box with
+    the largest sum of scores: Lampert, Blaschko, Hofmann 2008, "Beyond sliding windows"). The square root, since
+    evidence is dense on what decides, and a thing is as large as all that speaks for it. The box's edges are those of
+    ``BLOCKS`` blocks along either side.
+
+    Args:
+        grid_map: (grid height, grid width).
+        size: Width and height of the original.
+        window: The part of the original that the grid covers.
+
+    Returns:
+        x0, y0, x1, y1 in original pixels, not beyond the image, or None for a map of zeros.
+    """
+    score = np.sqrt(np.maximum(grid_map, 0).astype(np.float64))
+    if not score.any():
+        return None
+    score = score / score.sum() - EVEN / score.size
+    down, across = (np.unique(np.linspace(0, side, BLOCKS + 1).round().astype(int)) for side in score.shape)
+    blocks = np.add.reduceat(np.add.reduceat(score, down[:-1], axis=0), across[:-1], axis=1)
+    above = np.concatenate([np.zeros((1, blocks.shape[1])), blocks.cumsum(0)])
+    top, bottom = np.triu_indices(len(above), 1)
+    left_of = np.concatenate([np.zeros((len(top), 1)), (above[bottom] - above[top]).cumsum(1)], axis=1)
+    held = left_of[:, 1:] - np.minimum.accumulate(left_of[:, :-1], axis=1)
+    rows, right = np.unravel_index(held.argmax(), held.shape)
+    left = left_of[rows, : right + 1].argmin()
+    edges = np.array([across[left], down[top[rows]], across[right + 1], down[bottom[rows]]])
+    corner, step = np.array(window[:2]), (np.array(window[2:]) - window[:2]) / (score.shape[1], score.shape[0])
+    x0, y0, x1, y1 = (np.tile(corner, 2) + edges * np.tile(step, 2)).clip(0, np.tile(size, 2)).tolist()
+    return x0, y0, x1, y1
+
+
+def around(
+    points: NDArray[np.floating], size: tuple[int, int], window: Box, grid: tuple[int, int], share: float = 1.0
 ) -> Box | None:
-    """The box around a word's points.
+    """The box around a word's points, as published.
 
     Outliers are dropped; then each axis by itself is cut to the central part that holds ``share`` of the mass. The
-    box reaches to the outer edges of the input's pixels that hold it, or by ``margin`` further than their middles where
-    that is more, and not beyond the image.
+    box reaches to the outer edges of the input's pixels that hold it, and not beyond the image.
 
     Args:
         points: (n, 3): x, y in original pixels, mass.
@@ -157,7 +193,6 @@ def box(
         window: The part of the original that the CNN's input shows.
         grid: Width and height of the input.
         share: Part of the mass to hold along each axis, 0 < share <= 1; with 1 all that are no outliers.
-        margin: How far points may be from where they are said to be, in original pixels, across and down.
 
     Returns:
         x0, y0, x1, y1 in original pixels, or None without points.
@@ -169,30 +204,9 @@ def box(
     if len(kept) == 0:
         return None
     half = (window[2] - window[0]) / grid[0] / 2, (window[3] - window[1]) / grid[1] / 2
-    x0, x1 = _central(kept[:, 0], kept[:, 2], share, max(half[0], margin[0]), size[0])
-    y0, y1 = _central(kept[:, 1], kept[:, 2], share, max(half[1], margin[1]), size[1])
+    x0, x1 = _central(kept[:, 0], kept[:, 2], share, half[0], size[0])
+    y0, y1 = _central(kept[:, 1], kept[:, 2], share, half[1], size[1])
     return x0, y0, x1, y1
-
-
-def weigh(points: NDArray[np.floating], own: NDArray[np.floating], whole: NDArray[np.floating], window: Box) -> Floats:
-    """Fixations whose mass is cut to the part of the map at their place that is the word's own.
-
-    Args:
-        points: (n, 3): x, y in original pixels, mass.
-        own: (grid height, grid width): the word's specific map.
-        whole: (grid height, grid width): the word's map that the specific one was made from.
-        window: The part of the original that the grid covers.
-
-    Returns:
-        (n, 3) with mass times own / whole. Unchanged where the word has nothing of its own at any fixation.
-    """
-    columns, rows, inside = _cells(points, window, (own.shape[1], own.shape[0]))
-    part = np.zeros(len(points), dtype=np.float32)
-    below = whole[rows[inside], columns[inside]]
-    part[inside] = own[rows[inside], columns[inside]] / np.where(below > 0, below, 1)
-    weighed = points.astype(np.float32)
-    weighed[:, 2] *= part
-    return weighed if weighed[:, 2].sum() > 0 else points.astype(np.float32)
 
 
 def peak(grid_map: NDArray[np.floating], window: Box) -> tuple[float, float] | None:

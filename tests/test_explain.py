@@ -68,7 +68,7 @@ def test_with_the_join_a_part_lies_evenly_and_the_flow_follows_all(captioner, ma
             if even:
                 evenly.append(word.even[:, 2].sum())
                 steps = np.unique(np.diff(np.unique(word.even[:, 0])))
-                assert steps.tolist() == [3.0]  # a fortieth of 128 pixels
+                assert steps.tolist() == [2.0]  # a sixtieth of 128 pixels
     assert min(evenly) < 1e-4  # of words that no removal changes: the flow says all of them
     assert 0.01 < max(evenly) < 0.9
 
@@ -138,13 +138,17 @@ def test_methods_and_policies_point_at_the_objects(captioner, method, policy):
 
 
 def test_a_captioner_brings_its_own_setting(captioner, made):
-    own, named, alike = (
-        captionfix.explain(captioner, made.image, caption=made.caption, **options)
-        for options in ({}, {"method": "joined"}, {"method": "flow", "policy": Policy(neurons=200)})
+    own = captionfix.explain(captioner, made.image, caption=made.caption)
+    assert (own.method, own.policy) == ("joined", Policy.named("default").as_dict())  # models/scenes has none
+    with_setting = captionfix.load("scenes")
+    with_setting.defaults = {"method": "flow", "policy": {"neurons": 50}}
+    set_by_it, named, alike = (
+        captionfix.explain(with_setting, made.image, caption=made.caption, **options)
+        for options in ({}, {"method": "joined"}, {"method": "flow", "policy": Policy(neurons=50)})
     )
-    assert (own.method, own.policy) == ("flow", alike.policy)  # models/scenes/config.json
+    assert (set_by_it.method, set_by_it.policy) == ("flow", alike.policy)
     assert (named.method, named.policy) == ("joined", Policy.named("default").as_dict())
-    for word, other in zip(own, alike, strict=True):
+    for word, other in zip(set_by_it, alike, strict=True):
         np.testing.assert_array_equal(word.fixations, other.fixations)
     photos, without_attention = (captionfix.load(name) for name in ("photos", "photos-show-and-tell"))
     assert settle(photos).policy == Policy(neurons=2000, full=400)  # models/photos/config.json

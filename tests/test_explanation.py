@@ -91,33 +91,38 @@ def test_a_stray_fixation_stays_in_the_map_by_its_mass_but_not_where_all_weigh_t
         assert whole.sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_box_is_around_the_words_place(explanation: Explanation) -> None:
-    box = published(explanation)["dog"].box()
-    assert box is not None
-    x0, y0, x1, y1 = box
-    assert x0 < 80 < x1
-    assert y0 < 120 < y1
-    assert (x1 - x0) < 80
-    assert (y1 - y0) < 60
-
-
 def published(explanation: Explanation) -> Explanation:
     """The same as if its fixations were sets."""
     return replace(explanation, policy={"mass": "set"})
 
 
-def test_box_reaches_half_a_cell_further_but_where_fixations_are_sets(explanation: Explanation) -> None:
-    for specific, share in ((True, 0.9), (False, 0.9), (False, 1.0)):
-        near, far = (each["ball"].box(specific, share) for each in (published(explanation), explanation))
-        assert near is not None
-        half = (320 / 64 / 2, 240 / 64 / 2)  # the points' own pixels, of 64 x 64 in an image of 320 x 240
-        cell = (320 / 4 / 2, 240 / 4 / 2)  # of the 4 x 4 feature map
-        low = [max(0, near[axis] + half[axis] - cell[axis]) for axis in (0, 1)]
-        high = [min(end, near[2 + axis] - half[axis] + cell[axis]) for axis, end in ((0, 320), (1, 240))]
-        assert far == pytest.approx((*low, *high), abs=1e-3)
-    pooled = replace(explanation["ball"], index=0, feature_map=np.ones((1, 1), dtype=np.float32))
-    alone = replace(explanation, words=(pooled,))  # one cell for all says nothing of where
-    assert alone["ball"].box(False) == published(alone)["ball"].box(False)
+def test_box_is_around_the_words_place(explanation: Explanation) -> None:
+    points = explanation["dog"].fixations
+    low, high = points[:, :2].min(0), points[:, :2].max(0)
+    # half a pixel of the input, 64 x 64 in an image of 320 x 240, and where the map is drawn what its Gaussian adds
+    for whole, reach in ((published(explanation), (2.5, 1.9)), (explanation, (10, 7.5))):
+        x0, y0, x1, y1 = whole["dog"].box() or (0, 0, 0, 0)
+        assert low[0] - reach[0] <= x0 < 80 < x1 <= high[0] + reach[0]
+        assert low[1] - reach[1] <= y0 < 120 < y1 <= high[1] + reach[1]
+    x0, y0, x1, y1 = explanation["dog"].box(share=0.9) or (0, 0, 0, 0)
+    assert (x1 - x0) < 80
+    assert (y1 - y0) < 60
+
+
+def test_box_is_where_all_evidence_stands_out_and_published_around_the_points(explanation: Explanation) -> None:
+    for word in explanation:
+        for specific, whole in ((False, explanation), (True, explanation), (True, published(explanation))):
+            raw = whole.maps(False)
+            own = np.maximum(raw[word.index] - (1 if specific else 0.25) * raw.mean(0), 0)
+            expected = maps.box(own, (320, 240), explanation.window)
+            assert whole[word.index].box(specific) == pytest.approx(expected)
+        assert word.box() == word.box(False)
+        for share in (0.9, 1.0):
+            around = maps.around(word.evidence, (320, 240), explanation.window, explanation.grid, share)
+            assert word.box(share=share) == around == published(explanation)[word.index].box(share=share)
+        assert published(explanation)[word.index].box() == word.box(share=1.0)
+        with pytest.raises(ValueError, match="leave specific or share out"):
+            word.box(specific=True, share=0.9)
 
 
 def test_the_window_shifts_everything(invent: Callable[..., Explanation]) -> None:
@@ -182,7 +187,7 @@ def test_what_lies_evenly_is_part_of_the_map_and_no_fixation(explanation: Explan
     np.testing.assert_allclose(mixed.maps(False)[own.index], expected, atol=1e-7)
     # 0.6 of the mass is around x = 80, 0.2 on the left corners and 0.2 on the right ones; pixels are 5 wide
     for share, right in ((0.8, 310.5 + 2.5), (0.5, 170.5 + 2.5)):
-        box = published(mixed)["dog"].box(False, share)
+        box = mixed["dog"].box(share=share)
         assert box is not None
         assert box[2] == pytest.approx(right)
     np.testing.assert_array_equal(own.fixations, plain.fixations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_no_fixations_no_map() -> None:
     nothing = np.zeros((0, 3), dtype=np.float32)
     empty = maps.density(nothing, SIZE, WINDOW, GRID)
     assert not empty.any()
-    assert maps.box(nothing, SIZE, WINDOW, GRID) is None
+    assert maps.around(nothing, SIZE, WINDOW, GRID) is None
     assert maps.peak(empty, WINDOW) is None
     assert not maps.resize(empty, SIZE, WINDOW).any()
 
@@ -150,25 +152,51 @@ def test_resize_to_fewer_pixels_passes_over_nothing(size: tuple[int, int]) -> No
 def test_box_holds_the_cluster_and_not_the_stray() -> None:
     cluster = [[x, y, 1.0] for x in (105, 115, 125) for y in (52.5, 57.5)]
     points = np.array([*cluster, [285, 12.5, 0.1]], dtype=np.float32)
-    assert maps.box(points, SIZE, WINDOW, GRID, share=1) == (100, 50, 130, 60)
+    assert maps.around(points, SIZE, WINDOW, GRID, share=1) == (100, 50, 130, 60)
 
 
 def test_box_cuts_the_tails_by_mass() -> None:
     points = np.array([[5 + 10 * k, 102.5, 1] for k in range(10)], dtype=np.float32)  # a row, 0 to 100
-    assert maps.box(points, SIZE, WINDOW, GRID, share=1) == (0, 100, 100, 105)
-    assert maps.box(points, SIZE, WINDOW, GRID, share=0.8) == (10, 100, 90, 105)
+    assert maps.around(points, SIZE, WINDOW, GRID, share=1) == (0, 100, 100, 105)
+    assert maps.around(points, SIZE, WINDOW, GRID, share=0.8) == (10, 100, 90, 105)
     points[0, 2] = 9  # half of the mass at the left
-    assert maps.box(points, SIZE, WINDOW, GRID, share=0.8) == (0, 100, 90, 105)
+    assert maps.around(points, SIZE, WINDOW, GRID, share=0.8) == (0, 100, 90, 105)
     with pytest.raises(ValueError, match="share"):
-        maps.box(points, SIZE, WINDOW, GRID, share=0)
+        maps.around(points, SIZE, WINDOW, GRID, share=0)
 
 
-def test_weigh_keeps_the_words_own_part() -> None:
-    whole, own = np.full((40, 30), 0.5), np.zeros((40, 30))
-    own[:, 15:] = 0.25
-    points = np.array([[5, 5, 0.4], [295, 5, 0.6]], dtype=np.float32)
-    np.testing.assert_allclose(maps.weigh(points, own, whole, WINDOW)[:, 2], [0, 0.3], atol=1e-6)
-    np.testing.assert_allclose(maps.weigh(points, np.zeros_like(own), whole, WINDOW)[:, 2], [0.4, 0.6], atol=1e-6)
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), height=st.integers(1, 9), width=st.integers(1, 9), few=st.floats(0.05, 1))
+def test_no_other_box_stands_out_more(seed: int, height: int, width: int, few: float) -> None:
+    generator = np.random.default_rng(seed)
+    grid_map = generator.exponential(size=(height, width)) * (generator.random((height, width)) < few)
+    grid_map[generator.integers(height), generator.integers(width)] = 1
+    found = maps.box(grid_map, (width, height), (0.0, 0.0, float(width), float(height)))
+    assert found is not None
+
+    def stands_out(x0: int, y0: int, x1: int, y1: int) -> float:
+        held = sum(grid_map[y][x] ** 0.5 for y in range(y0, y1) for x in range(x0, x1))
+        return held / np.sqrt(grid_map).sum() - 0.5 * (x1 - x0) * (y1 - y0) / (width * height)
+
+    columns, rows = list(combinations(range(width + 1), 2)), list(combinations(range(height + 1), 2))
+    best = max(stands_out(x0, y0, x1, y1) for x0, x1 in columns for y0, y1 in rows)
+    x0, y0, x1, y1 = (round(edge) for edge in found)
+    assert stands_out(x0, y0, x1, y1) == pytest.approx(best)
+
+
+def test_a_box_lies_in_the_image_where_its_map_does() -> None:
+    assert maps.box(np.ones((40, 30)), SIZE, WINDOW) == (0, 0, *SIZE)  # an even map stands out nowhere
+    assert maps.box(np.zeros((40, 30)), SIZE, WINDOW) is None
+    spot = np.zeros((200, 300))
+    spot[50:100, 90:120] = 1
+    # a window of 400 x 300, 30 of it left of the image: 4/3 and 1.5 pixels each
+    x0, y0, x1, y1 = maps.box(spot, (400, 320), (-30.0, 10.0, 370.0, 310.0)) or (0, 0, 0, 0)
+    block = 400 / maps.BLOCKS  # edges lie between blocks
+    assert (x0, y0, x1, y1) == pytest.approx((90, 85, 130, 160), abs=block)
+    assert max(x0 - 90, y0 - 85, 130 - x1, 160 - y1) <= 1e-6
+    spot[:] = 0
+    spot[:, :60] = 1
+    assert maps.box(spot, (400, 320), (-30.0, 10.0, 370.0, 310.0)) == pytest.approx((0, 10, 50, 310), abs=block)
 
 
 def test_peak_is_in_original_pixels() -> None:

@@ -22,7 +22,7 @@ SAYS = {
     "1_first_look": r"black +0\.\d\d +\d{2,3}%.*masses sum to 1\.0.*explanation\.json.*True$",
     "2_wrap_your_own_captioner": r"colour right in (9\d|100), shape right in (9\d|100).*a yellow circle.*"
     r"20 words, but the vocabulary has 19.*preprocess is random.*two equal calls give different logits",
-    "3_why_this_word": r"nothing +3[6-9]\.\d to 1 the word's box +(1[6-9]|2[01])\.\d to 1.*"
+    "3_why_this_word": r"nothing +3[6-9]\.\d to 1 the word's place +(1[6-9]|2[01])\.\d to 1.*"
     r"(true: .* red star.*said: .* pink star.*){3}never seen.*: red star,",
     "4_compare_methods": r"\(40, \{\}\).*default +specific +0\.\d\d \[.*centre +raw.*joined +\d+\.\d\d s",
 }

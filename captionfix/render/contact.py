@@ -143,7 +143,7 @@ def thumbnail(
     small = whole.image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     shown = maps.resize(values, size, window)  # type: ignore[arg-type]
     result = Image.fromarray(figure.blend(np.asarray(small), shown, scale.colours))
-    edges = word.box(specific) if box else None
+    edges = word.box() if box else None
     if edges is not None:
         outline(result, tuple(edge * by for edge, by in zip(edges, factor, strict=True)))
     return result

@@ -138,7 +138,7 @@ def overlay(
     shown = maps.resize(colour_scale(values), whole.image.size, whole.window)
     result = Image.fromarray(blend(np.asarray(whole.image), shown, colours))
     if fixations or box:
-        _mark(result, word, fixations, word.box(specific) if box else None)
+        _mark(result, word, fixations, word.box() if box else None)
     return result
 
 
@@ -210,7 +210,7 @@ def figure(
                 word.fixations[:, 1] * factor[1] - 0.5,
                 s=size, c="white", edgecolors="black", linewidths=0.3, alpha=0.35 if dim else 0.8,
             )  # fmt: skip
-        edges = word.box(specific) if boxes and not dim else None
+        edges = word.box() if boxes and not dim else None
         if edges is not None:
             _rectangle(axes, edges, factor)
         name = word.text if word.contrast is None else f"{word.text}, not {word.contrast}"

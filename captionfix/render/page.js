@@ -113,8 +113,7 @@
         pen.stroke();
       }
     }
-    const box = word.box[state.kind];
-    if (state.box && box) outline(box, [], 1.5);
+    if (state.box && word.box) outline(word.box, [], 1.5);
   }
 
   // Language credits: shades and numbers on the earlier words, arcs to those in the same line.

@@ -175,7 +175,7 @@ def _word(word: Word) -> dict[str, Any]:
     if len(points):
         radius = 100 * np.sqrt(points[:, 2] / points[0, 2]) if points[0, 2] > 0 else np.zeros(len(points))
         points = np.stack([1e4 * points[:, 0] / size[0], 1e4 * points[:, 1] / size[1], radius], 1)
-    boxes = {kind: word.box(specific) for kind, specific in _KINDS.items()}
+    box = word.box()
     return {
         "text": word.text,
         "p": _number(word.probability),
@@ -188,8 +188,8 @@ def _word(word: Word) -> dict[str, Any]:
         "contrast": word.contrast,
         "count": len(word.fixations),
         "points": np.round(points).astype(int).ravel().tolist(),
-        "box": {kind: None if box is None else _fractions(box, size) for kind, box in boxes.items()},
-        "where": {kind: where(box, word.point(_KINDS[kind]), size) for kind, box in boxes.items()},
+        "box": None if box is None else _fractions(box, size),
+        "where": {kind: where(box, word.point(specific), size) for kind, specific in _KINDS.items()},
     }
 
 

@@ -82,14 +82,14 @@ def test_fixations_and_box_equal_those_of_slow_loops(shape, seed, policy):
         assert len(word.fixations) == len(places)
         np.testing.assert_allclose(word.fixations[:, 2], 1 / max(len(places), 1), rtol=1e-6)
         if not places:
-            assert word.box(share=1.0) is None
+            assert word.box() is None
             continue
         centres = [((c + left + 0.5) * WIDTH / wide, (r + top + 0.5) * HEIGHT / high) for r, c in sorted(places)]
         kept = [point for point, stays in zip(centres, slow_outliers(centres, WIDTH, HEIGHT), strict=True) if stays]
         kept = kept or centres
         (x0, y0), (x1, y1) = np.min(kept, axis=0), np.max(kept, axis=0)
         box = (max(x0 - half[0], 0), max(y0 - half[1], 0), min(x1 + half[0], WIDTH), min(y1 + half[1], HEIGHT))
-        np.testing.assert_allclose(word.box(specific=False, share=1.0), box, atol=1e-4)
+        np.testing.assert_allclose(word.box(), box, atol=1e-4)
     assert reached > 0
 
 
@@ -138,4 +138,4 @@ def test_outliers_and_heatmap_at_the_papers_scale():
     xs, ys = np.array(kept).T
     half = ((x1 - x0) / 224 / 2, (y1 - y0) / 224 / 2)
     expected = (xs.min() - half[0], ys.min() - half[1], xs.max() + half[0], ys.max() + half[1])
-    np.testing.assert_allclose(word.box(specific=False, share=1.0), expected, atol=1e-3)
+    np.testing.assert_allclose(word.box(), expected, atol=1e-3)
