@@ -24,7 +24,7 @@ SAYS = {
     r"20 words, but the vocabulary has 19.*preprocess is random.*two equal calls give different logits",
     "3_why_this_word": r"nothing +3[6-9]\.\d to 1 the word's place +(1[6-9]|2[01])\.\d to 1.*"
     r"(true: .* red star.*said: .* pink star.*){3}never seen.*: red star,",
-    "4_compare_methods": r"\(40, \{\}\).*default +specific +0\.\d\d \[.*centre +raw.*joined +\d+\.\d\d s",
+    "4_compare_methods": r"\(40, \{\}\).*default +specific +0\.\d\d \[.*centre +raw.*flow +\d+\.\d\d s",
 }
 SHOWS = {
     "1_first_look": (3, 1),
