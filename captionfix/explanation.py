@@ -124,8 +124,8 @@ class Word:
         if specific and share is not None:
             raise ValueError("a box with a share is around all of the word's points: leave specific or share out")
         if specific or (share is None and whole.policy.get("mass") != "set"):
-            own = maps.specific(whole.maps(False), 1.0 if specific else maps.SHARED)
-            return maps.box(own[self.index], whole.image.size, whole.window)
+            own = whole._less(1.0 if specific else maps.SHARED)[self.index]
+            return maps.box(own, whole.image.size, whole.window)
         return maps.around(self.evidence, whole.image.size, whole.window, whole.grid, 1.0 if share is None else share)
 
     def point(self, specific: bool = True, sigma: float | None = None) -> tuple[float, float] | None:
@@ -175,7 +175,7 @@ class Explanation:
     window: Box
     grid: tuple[int, int]
     version: str = captionfix.__version__
-    _maps: dict[tuple[bool, float | None], Floats] = field(default_factory=dict, init=False, repr=False)
+    _maps: dict[tuple[float, float | None], Floats] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         bound = []
@@ -223,10 +223,14 @@ class Explanation:
         Returns:
             (words, grid height, grid width) float32, read-only. Without ``specific`` each sums to 1 (or is all 0).
         """
-        key = (specific, sigma)
+        return self._less(1.0 if specific else 0.0, sigma)
+
+    def _less(self, part: float, sigma: float | None = None) -> Floats:
+        """The maps less a part of the mean over the words."""
+        key = (part, sigma)
         if key not in self._maps:
-            if specific:
-                result = maps.specific(self.maps(False, sigma))
+            if part:
+                result = maps.specific(self._less(0.0, sigma), part)
             else:
                 published = self.policy.get("mass") == "set"  # all fixations weigh the same, strays too
                 each = [
