@@ -1,10 +1,8 @@
 """From fixations to maps and boxes (METHOD: fixations, heatmap, specific map, box). numpy alone.
 
 Coordinates are those of the original image, x before y, continuous: the image spans 0..width and 0..height, so the
-    centre of its first
-pixel is (0.5, 0.5). Maps are computed on the grid of the CNN's input, where fixations lie, and only the finished map
-is resized to the
-original: a photograph of 12 million pixels costs little more than a small one.
+centre of its first pixel is (0.5, 0.5). Maps are computed on the grid of the CNN's input, where fixations lie, and only
+the finished map is resized to the original: a photograph of 12 million pixels costs little more than a small one.
 """
 
 from __future__ import annotations
