@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from captionfix.explanation import Explanation as Explanation
     from captionfix.explanation import Explanations as Explanations
     from captionfix.explanation import Word as Word
-    from captionfix.explanation import read as read
+    from captionfix.saved import read as read
     from captionfix.unravel import Policy as Policy
 
 _PUBLIC = {
@@ -43,7 +43,7 @@ _PUBLIC = {
     "Explanation": "captionfix.explanation",
     "Explanations": "captionfix.explanation",
     "Word": "captionfix.explanation",
-    "read": "captionfix.explanation",
+    "read": "captionfix.saved",
     "CaptionfixError": "captionfix.errors",
     "ImageError": "captionfix.errors",
     "CaptionError": "captionfix.errors",

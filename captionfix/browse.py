@@ -14,12 +14,12 @@ from urllib.parse import quote
 from PIL import Image
 
 from captionfix.errors import CaptionfixError, OutputError
-from captionfix.explanation import read
 from captionfix.function_words import FUNCTION_WORDS
 from captionfix.ground_rows import Row, explained_rows, saved_rows
 from captionfix.images import read_image
 from captionfix.render import contact, figure
 from captionfix.render.page_browse import Card, browse_page, row_thumbnail
+from captionfix.saved import read
 
 LIMIT = 150
 """Words shown of each order."""

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from captionfix.errors import OutputError
-from captionfix.explanation import FORMAT, Explanation
+from captionfix.explanation import Explanation
+from captionfix.saved import FORMAT, read
 
 Row = dict[str, Any]
 WORDS, PARTS, FAILED, RUN = "words.jsonl", "parts", "failed.jsonl", "run.json"
@@ -129,8 +130,6 @@ def explained_rows(folder: Path, whole: bool = False) -> Iterator[Row]:
     Raises:
         OutputError: One is damaged.
     """
-    from captionfix.explanation import read
-
     for path in sorted(folder.rglob("explanation.json")):
         place = path.parent
         name = place.relative_to(folder).as_posix()

@@ -13,7 +13,8 @@ from PIL import Image
 
 from captionfix import maps
 from captionfix.errors import CaptionError, OutputError
-from captionfix.explanation import VERSION, Explanation, read
+from captionfix.explanation import Explanation
+from captionfix.saved import VERSION, read
 
 
 def test_words_by_place_text_and_slice(explanation: Explanation) -> None:
