@@ -103,25 +103,32 @@ def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Te
     when it can no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that;
     for it every cell is set to zero instead."""
     tokens = caption.inputs(features.device)
-    return _blanked(captioner, features, [caption], tokens, captioner.decode(features, tokens))[0][0]
+    said, blank = captioner.decode(_and_blank(features), tokens.expand(2, -1)).split(1)
+    return _effects(captioner, features, [caption], tokens, said, blank)[0][0]
 
 
-def _blanked(
-    captioner: Captioner, features: Tensor, captions: Sequence[Caption], tokens: Tensor, logits: Tensor
+def _and_blank(features: Tensor) -> Tensor:
+    """(2B, F, h, w): the maps, and each with its mean in every cell. Both are decoded in one batch: a decoder's cost is
+    mostly that of reading its weights."""
+    return torch.cat([features, features.mean((2, 3), keepdim=True).expand_as(features)])
+
+
+def _effects(
+    captioner: Captioner, features: Tensor, captions: Sequence[Caption], tokens: Tensor, said: Tensor, blank: Tensor
 ) -> list[tuple[Tensor, bool]]:
     """Of each caption the effect of its image (`image_effect`), and whether the decoder sees nothing of the feature map
-    but the mean of its cells, as Show and Tell does. ``tokens`` (B, T) and ``logits`` (B, T, V) are theirs, filled up.
+    but the mean of its cells, as Show and Tell does. ``tokens`` (B, T) are theirs, filled up; ``said`` and ``blank``
+    (B, T, V) are the logits of the maps and of the blank ones.
     """
 
     def scores(logits: Tensor) -> list[Tensor]:
         plain = [Caption(caption.start, caption.ids) for caption in captions]
-        return [c.scores(said[None, : len(c.ids)])[0] for c, said in zip(plain, logits, strict=True)]
+        return [c.scores(own[None, : len(c.ids)])[0] for c, own in zip(plain, logits, strict=True)]
 
-    whole = scores(logits)
-    blank = scores(captioner.decode(features.mean((2, 3), keepdim=True).expand_as(features), tokens))
-    alike = [torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, blank, strict=True)]
-    zero = scores(captioner.decode(torch.zeros_like(features), tokens)) if any(alike) else blank
-    return [(w - (z if same else b), same) for w, b, z, same in zip(whole, blank, zero, alike, strict=True)]
+    whole, without = scores(said), scores(blank)
+    alike = [torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, without, strict=True)]
+    zero = scores(captioner.decode(torch.zeros_like(features), tokens)) if any(alike) else without
+    return [(w - (z if same else b), same) for w, b, z, same in zip(whole, without, zero, alike, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,8 @@ def flows(
         PolicyError: words start from a difference of logits, and those do not come out of a linear layer.
     """
     plain = target == "logit" and all(other is None for caption in captions for other in caption.contrast)
-    if len(captions) > 1 and not (plain and policy.neurons is not None):
+    batched = plain and policy.neurons is not None  # full tables would hold the other images' numbers for every word
+    if len(captions) > 1 and not batched:
         pairs = zip(features.split(1), captions, strict=True)
         return [flow(captioner, own, caption, policy, target) for own, caption in pairs]
     counts = [len(caption.ids) for caption in captions]
@@ -201,12 +209,13 @@ def flows(
     place = torch.cat([torch.arange(n, device=device) for n in counts])
     module = getattr(captioner, "model", None)
     with Trace(module if isinstance(module, torch.nn.Module) else None) as trace:
-        features, tokens = features.clone(), tokens.clone()
-        at_features = trace.slot(trace.watch("features", features))
-        at_tokens = trace.slot(trace.watch("tokens", tokens))
-        logits = captioner.decode(features, tokens)
+        seen, read = (_and_blank(features), tokens.repeat(2, 1)) if batched else (features.clone(), tokens.clone())
+        at_features = trace.slot(trace.watch("features", seen))
+        at_tokens = trace.slot(trace.watch("tokens", read))
+        logits = captioner.decode(seen, read)
         at_logits = trace.slot(logits)
     with torch.inference_mode():
+        blank = logits[len(captions) :] if batched else captioner.decode(_and_blank(features)[1:], tokens)
         if plain:
             ids = torch.tensor([word for caption in captions for word in caption.ids], device=device)
             found = (
@@ -227,11 +236,12 @@ def flows(
         at_map = own(at_features, size).view(count, *features.shape[1:])
         fed_mass = own(at_tokens, longest)
         rest = account.rest([at_features, at_tokens]) + account.bias + found[2]
-        blank = _blanked(captioner, features, captions, tokens, logits)
-        parts = zip(at_map.split(counts), fed_mass.split(counts), rest.split(counts), logits, blank, strict=True)
+        said = logits[: len(captions)]
+        effects = _effects(captioner, features, captions, tokens, said, blank)
+        parts = zip(at_map.split(counts), fed_mass.split(counts), rest.split(counts), said, effects, strict=True)
         return [
-            Flow(at_map, tokens[:, : len(other)], other, said[: len(other)], *effect)
-            for at_map, tokens, other, said, effect in parts
+            Flow(at_map, fed_mass[:, : len(other)], other, own[: len(other)], *effect)
+            for at_map, fed_mass, other, own, effect in parts
         ]
 
 

@@ -126,6 +126,20 @@ class ShowTellDecoder(Decoder):
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
         return self.words(self.drop(self._hidden(self.drop(self._inputs(self.pool(features), tokens)))))
 
+    def without(self, features: Tensor, gone: Tensor, filling: Tensor, tokens: Tensor) -> Tensor:
+        """As `Captioner.decode_without`. What is gone is put right in the pooled map, which is a sum over cells."""
+        cells = (filling - features)[0].flatten(1).T  # (N, F)
+        parts = gone.flatten(1).unsqueeze(1) * self._pooling(features)  # (B, p p, N)
+        pooled = self.pool(features) + (parts @ cells).transpose(1, 2).unflatten(2, (self.pool.output_size,) * 2)
+        inputs = self._inputs(pooled, tokens.expand(len(gone), -1))
+        return self.words(self.drop(self._hidden(self.drop(inputs))))
+
+    def _pooling(self, features: Tensor) -> Tensor:
+        """(p p, N): what each of the N cells of a map weighs in each of the pooled ones."""
+        height, width = features.shape[2:]
+        each = torch.eye(height * width, dtype=features.dtype, device=features.device).view(-1, 1, height, width)
+        return self.pool(each).flatten(1).T
+
     def _inputs(self, pooled: Tensor, tokens: Tensor) -> Tensor:
         """(B, F, p, p) pooled maps and (B, T) tokens -> (B, 1 + T, E): what the LSTM reads."""
         return torch.cat([self.image(pooled.flatten(1)).unsqueeze(1), self.embedding(tokens)], 1)
@@ -175,9 +189,7 @@ class ShowTellDecoder(Decoder):
         a random part of the way, towards what the patch holds. Row i is of the image `features[owner[i]]`."""
         mean = features.mean((2, 3))
         cells = (features.flatten(2) - mean[..., None]).transpose(1, 2)[owner]  # (R, N, F)
-        each = torch.eye(cells.shape[1], dtype=cells.dtype, device=cells.device).unflatten(1, features.shape[2:])
-        pooling = self.pool(each.unsqueeze(1)).flatten(1).T  # (p p, N)
-        parts = patches.to(cells.dtype).unsqueeze(2) * pooling  # (R, K, p p, N)
+        parts = patches.to(cells.dtype).unsqueeze(2) * self._pooling(features)  # (R, K, p p, N)
         way = torch.empty_like(parts[:, :, :1, :1]).uniform_(*WAY)
         parts = way * parts / parts.sum(3, True).amax(2, keepdim=True)
         moved = torch.bmm(parts.flatten(1, 2), cells).view(*parts.shape[:3], -1).transpose(2, 3)
@@ -227,14 +239,13 @@ class ShowAttendTellDecoder(Decoder):
         h, c, values, keys = state
         energy = self.score(torch.tanh(keys + self.query(h).unsqueeze(1))).squeeze(2)
         weights = torch.softmax(energy, 1)
-        out, h, c = self._further(h, c, word, torch.bmm(weights.unsqueeze(1), values).squeeze(1))
-        return out, weights, (h, c, values, keys)
-
-    def _further(self, h: Tensor, c: Tensor, word: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output and state after a word, from what was attended (B, D)."""
-        context = torch.sigmoid(self.gate(h)) * context
+        context = torch.sigmoid(self.gate(h)) * torch.bmm(weights.unsqueeze(1), values).squeeze(1)
         h, c = self.cell(torch.cat([word, context], 1), (h, c))
-        return torch.tanh(self.output_h(self.drop(h)) + self.output_z(context)), h, c
+        return self._output(h, context), weights, (h, c, values, keys)
+
+    def _output(self, h: Tensor, context: Tensor) -> Tensor:
+        """(..., E), from which words are predicted."""
+        return torch.tanh(self.output_h(self.drop(h)) + self.output_z(context))
 
     def step(self, state: State, token: Tensor) -> tuple[Tensor, State]:
         out, _, state = self.advance(state, self.embedding(token))
@@ -249,7 +260,8 @@ class ShowAttendTellDecoder(Decoder):
         return self.words(self.drop(torch.stack(outs, 1)))
 
     def without(self, features: Tensor, gone: Tensor, filling: Tensor, tokens: Tensor) -> Tensor:
-        """As `Captioner.decode_without`. All choices share the cells' values and keys; what is gone is put right."""
+        """As `Captioner.decode_without`. All choices share the cells' values and keys, in which what is gone is put
+        right, and what the words add to the LSTM's gates; outputs come at once for all words."""
         values, keys = self.project(torch.cat([features, filling.expand_as(features)]))
         row, cell = torch.nonzero(gone.flatten(1), as_tuple=True)
         change = values[1, cell] - values[0, cell]
@@ -257,17 +269,25 @@ class ShowAttendTellDecoder(Decoder):
             0, row, change / keys.shape[1]
         )
         h, c = self._from(mean)
+        words = self.drop(self.embedding(tokens[0]))
+        from_word, from_rest = self.cell.weight_ih.split([words.shape[1], values.shape[2]], 1)
+        by_word = F.linear(words, from_word, self.cell.bias_ih + self.cell.bias_hh)
+        weight = torch.cat([from_rest, self.cell.weight_hh], 1)
         few = ROWS if features.device.type == "cpu" else len(gone)
-        outs = []
-        for word in self.drop(self.embedding(tokens[0])):
+        states, contexts = [], []
+        for word in by_word:
             query = self.query(h)
             energy = torch.cat([self.score((keys[:1] + part[:, None]).tanh_()) for part in query.split(few)])[..., 0]
             energy[row, cell] = self.score(torch.tanh(keys[1, cell] + query[row]))[:, 0]
             weights = torch.softmax(energy, 1)
             context = (weights @ values[0]).index_add(0, row, weights[row, cell, None] * change)
-            out, h, c = self._further(h, c, word.expand(len(gone), -1), context)
-            outs.append(out)
-        return self.words(self.drop(torch.stack(outs, 1)))
+            context = torch.sigmoid(self.gate(h)) * context
+            enter, keep, new, show = F.linear(torch.cat([context, h], 1), weight, word).chunk(4, 1)  # as nn.LSTMCell
+            c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
+            h = torch.sigmoid(show) * torch.tanh(c)
+            states.append(h)
+            contexts.append(context)
+        return self.words(self.drop(self._output(torch.stack(states, 1), torch.stack(contexts, 1))))
 
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:
         """(B, T, h, w): the weights with which the word after `tokens[:, t]` is predicted."""

@@ -72,12 +72,7 @@ class PretrainedCaptioner(Captioner):
     def decode_without(
         self, features: torch.Tensor, gone: torch.Tensor, filling: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        from captionfix.captioners.decoders import ShowAttendTellDecoder
-
-        decoder = self.model.decoder
-        if isinstance(decoder, ShowAttendTellDecoder):
-            return decoder.without(features, gone, filling, tokens)
-        return super().decode_without(features, gone, filling, tokens)
+        return self.model.decoder.without(features, gone, filling, tokens)
 
     def attention(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
         from captionfix.captioners.decoders import ShowAttendTellDecoder
