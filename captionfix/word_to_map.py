@@ -102,33 +102,31 @@ def image_effect(captioner: Captioner, features: Tensor, caption: Caption) -> Te
     """(n,) nats: the drop of each word's log-probability when every cell holds the map's mean: what the decoder loses
     when it can no longer tell one place from another. A decoder that sees nothing but the mean loses nothing by that;
     for it every cell is set to zero instead."""
-    tokens = caption.inputs(features.device)
-    said, blank = captioner.decode(_and_blank(features), tokens.expand(2, -1)).split(1)
-    return _effects(captioner, features, [caption], tokens, said, blank)[0][0]
+    said = captioner.decode(_and_blanks(features), caption.inputs(features.device).expand(3, -1))
+    return _effects([caption], *said.split(1))[0][0]
 
 
-def _and_blank(features: Tensor) -> Tensor:
-    """(2B, F, h, w): the maps, and each with its mean in every cell. Both are decoded in one batch: a decoder's cost is
-    mostly that of reading its weights."""
-    return torch.cat([features, features.mean((2, 3), keepdim=True).expand_as(features)])
+def _and_blanks(features: Tensor) -> Tensor:
+    """(3B, F, h, w): the maps, the same with their mean in every cell, and zeros. They are decoded in one batch: what a
+    decoder costs is mostly the reading of its weights."""
+    return torch.cat([features, features.mean((2, 3), keepdim=True).expand_as(features), torch.zeros_like(features)])
 
 
-def _effects(
-    captioner: Captioner, features: Tensor, captions: Sequence[Caption], tokens: Tensor, said: Tensor, blank: Tensor
-) -> list[tuple[Tensor, bool]]:
+def _effects(captions: Sequence[Caption], said: Tensor, blank: Tensor, zero: Tensor) -> list[tuple[Tensor, bool]]:
     """Of each caption the effect of its image (`image_effect`), and whether the decoder sees nothing of the feature map
-    but the mean of its cells, as Show and Tell does. ``tokens`` (B, T) are theirs, filled up; ``said`` and ``blank``
-    (B, T, V) are the logits of the maps and of the blank ones.
+    but the mean of its cells, as Show and Tell does.
+
+    Args:
+        captions: B of them.
+        said, blank, zero: (B, T, V) logits of each of `_and_blanks`, the captions fed and filled up.
     """
-
-    def scores(logits: Tensor) -> list[Tensor]:
-        plain = [Caption(caption.start, caption.ids) for caption in captions]
-        return [c.scores(own[None, : len(c.ids)])[0] for c, own in zip(plain, logits, strict=True)]
-
-    whole, without = scores(said), scores(blank)
-    alike = [torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, without, strict=True)]
-    zero = scores(captioner.decode(torch.zeros_like(features), tokens)) if any(alike) else without
-    return [(w - (z if same else b), same) for w, b, z, same in zip(whole, without, zero, alike, strict=True)]
+    result = []
+    for caption, *logits in zip(captions, said, blank, zero, strict=True):
+        plain = Caption(caption.start, caption.ids)
+        whole, without, nothing = (plain.scores(each[None, : len(caption.ids)])[0] for each in logits)
+        alike = torch.allclose(whole, without, atol=1e-4)
+        result.append((whole - (nothing if alike else without), alike))
+    return result
 
 
 @dataclass(frozen=True)
@@ -209,13 +207,15 @@ def flows(
     place = torch.cat([torch.arange(n, device=device) for n in counts])
     module = getattr(captioner, "model", None)
     with Trace(module if isinstance(module, torch.nn.Module) else None) as trace:
-        seen, read = (_and_blank(features), tokens.repeat(2, 1)) if batched else (features.clone(), tokens.clone())
+        seen, read = (_and_blanks(features), tokens.repeat(3, 1)) if batched else (features.clone(), tokens.clone())
         at_features = trace.slot(trace.watch("features", seen))
         at_tokens = trace.slot(trace.watch("tokens", read))
         logits = captioner.decode(seen, read)
         at_logits = trace.slot(logits)
     with torch.inference_mode():
-        blank = logits[len(captions) :] if batched else captioner.decode(_and_blank(features)[1:], tokens)
+        if not batched:
+            logits = torch.cat([logits, captioner.decode(_and_blanks(features)[1:], tokens.expand(2, -1))])
+        said, blank, zero = logits.split(len(captions))
         if plain:
             ids = torch.tensor([word for caption in captions for word in caption.ids], device=device)
             found = (
@@ -236,8 +236,7 @@ def flows(
         at_map = own(at_features, size).view(count, *features.shape[1:])
         fed_mass = own(at_tokens, longest)
         rest = account.rest([at_features, at_tokens]) + account.bias + found[2]
-        said = logits[: len(captions)]
-        effects = _effects(captioner, features, captions, tokens, said, blank)
+        effects = _effects(captions, said, blank, zero)
         parts = zip(at_map.split(counts), fed_mass.split(counts), rest.split(counts), said, effects, strict=True)
         return [
             Flow(at_map, fed_mass[:, : len(other)], other, own[: len(other)], *effect)
