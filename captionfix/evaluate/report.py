@@ -1,4 +1,4 @@
-"""Records become a table: means with intervals, as text, CSV, JSON and plots."""
+"""Records become a table: means with intervals, as text, CSV, JSON and plots (`captionfix.evaluate.plots`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import atomic_write
-from . import boxes, metrics
+from . import boxes, metrics, plots
 from .measure import LOWER, Plan, Record
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _counts(overall: dict[tuple[str, str, str], metrics.Mean], names: Sequence[s
     return "means with 95 % bootstrap intervals over pictures; " + ", ".join(parts)
 
 
-def write(out: Path, plan: Plan, records: Sequence[Record], left_out: dict[str, str], plots: bool = True) -> list[Line]:
+def write(out: Path, plan: Plan, records: Sequence[Record], left_out: dict[str, str]) -> list[Line]:
     """Writes ``results.csv``, ``results.json`` (with the configuration) and ``plots/``."""
     lines = summarise(records, plan.seed)
     took = seconds(records)
@@ -127,8 +127,7 @@ def write(out: Path, plan: Plan, records: Sequence[Record], left_out: dict[str, 
         "results": rows,
     }
     atomic_write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if plots:
-        _plots(out / "plots", lines, took)
+    plots.write(out / "plots", [line for line in lines if line.kind == ALL], took)
     return lines
 
 
@@ -152,49 +151,3 @@ def _torch() -> str:
     import torch
 
     return str(torch.__version__)
-
-
-def _plots(folder: Path, lines: Sequence[Line], took: dict[str, tuple[float, float]]) -> None:
-    """For each metric: the methods with their intervals, and the same against seconds."""
-    from matplotlib.figure import Figure
-
-    overall = [line for line in lines if line.kind == ALL and not math.isnan(line.mean.value)]
-    for metric in dict.fromkeys(line.metric for line in overall):
-        mine = [line for line in overall if line.metric == metric]
-        names = list(dict.fromkeys(line.method for line in mine))
-        label = f"{metric} ({'lower' if metric in LOWER else 'higher'} is better)"
-        by_method = Figure(figsize=(7, 1.2 + 0.3 * len(names)), layout="constrained")
-        by_seconds = Figure(figsize=(7, 5), layout="constrained")
-        across, scatter = by_method.subplots(), by_seconds.subplots()
-        for maps, colour, shift in (("raw", "#0072b2", -0.12), ("specific", "#d55e00", 0.12)):
-            kind = [line for line in mine if line.maps == maps]
-            if not kind:
-                continue
-            value = np.array([line.mean.value for line in kind])
-            span = np.abs(np.array([[line.mean.low, line.mean.high] for line in kind]).T - value)
-            style: dict[str, Any] = {
-                "fmt": "o",
-                "color": colour,
-                "capsize": 2,
-                "markersize": 4,
-                "label": f"{maps} maps",
-            }
-            across.errorbar(value, [names.index(line.method) + shift for line in kind], xerr=span, **style)
-            scatter.errorbar([took[line.method][0] for line in kind], value, yerr=span, **style)
-            if maps == kind[0].maps and maps == mine[0].maps:
-                for line in kind:
-                    at = (took[line.method][0], line.mean.value)
-                    scatter.annotate(line.method, at, textcoords="offset points", xytext=(4, 4), fontsize=7)
-        across.set_yticks(range(len(names)), names)
-        across.invert_yaxis()
-        across.set_xlabel(label)
-        across.grid(axis="x", alpha=0.3)
-        scatter.set_xscale("log")
-        scatter.set_xlabel("seconds a picture (median)")
-        scatter.set_ylabel(label)
-        scatter.grid(alpha=0.3)
-        for figure, name in ((by_method, metric), (by_seconds, f"{metric}-seconds")):
-            figure.axes[0].legend(fontsize=8)
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=150)
-            atomic_write(folder / f"{name}.png", picture.getvalue())
